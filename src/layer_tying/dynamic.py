@@ -1,0 +1,165 @@
+"""Dynamic layer tying in anyone's training loop: two lines.
+
+::
+
+    tying = DynamicTying(model, optimizer, every=50)
+    ...
+    tying.step(reward=lambda: -evaluate_loss(model))   # after optimizer.step()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from layer_tying.dqn import DQN
+from layer_tying.errors import InputError
+from layer_tying.policies import Action, Policy
+from layer_tying.surgery import TiedLayers
+from layer_tying.tying import Rules, Tying
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision of a policy, as it is logged.
+
+    Attributes:
+        step: how many optimizer steps had been done.
+        action: for each layer, the layer it was told to use.
+        state: the tying's owners after the decision.
+        reward: what followed, None where the policy does not learn or it was not finite.
+        event: what went wrong, if anything did.
+        statistics: what the policy says of the decision (epsilon, Q-values).
+    """
+
+    step: int
+    action: Action
+    state: tuple[int, ...]
+    reward: float | None
+    event: str | None
+    statistics: Mapping[str, Any]
+
+
+class DynamicTying:
+    """A policy that decides, while a model trains, which of its layers share weights.
+
+    Args:
+        model: any transformer whose layers are one list of equal blocks.
+        optimizer: the model's optimizer (or several); it is kept in step with the tying.
+        every: k, the number of optimizer steps from one decision to the next.
+        policy: who decides; the paper's agent by default.
+        initial: the tying to start from: ``"all"`` layers tied (the paper's start; the weights of
+            all layers but the first are dropped), ``"none"`` for a pretrained model that shall be
+            tied down, a ``Tying``, or ``"keep"`` for the tying the model comes with.
+        max_independent: a hard limit on the number of independent layers.
+        seed: of the default policy.
+        layers, untied, gradient, moments, by_kind: see ``TiedLayers``.
+
+    Raises:
+        InputError: if the layers cannot be found, or an option does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        *,
+        every: int = 50,
+        policy: Policy | None = None,
+        initial: Literal["all", "none", "keep"] | Tying = "all",
+        max_independent: int | None = None,
+        seed: int = 0,
+        layers: str | Sequence[str] | None = None,
+        untied: Sequence[str] = (),
+        gradient: Literal["sum", "owner"] = "sum",
+        moments: Literal["copy", "fresh"] = "copy",
+        by_kind: bool = False,
+    ) -> None:
+        if every < 1:
+            raise InputError(f"every is the number of steps between decisions, got {every}")
+        self.layers = TiedLayers(
+            model,
+            optimizer,
+            layers=layers,
+            untied=untied,
+            gradient=gradient,
+            moments=moments,
+            by_kind=by_kind,
+        )
+        kinds = self.layers.rules.kinds
+        self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
+        self.policy = DQN(len(kinds), seed=seed) if policy is None else policy
+        self.every = every
+        self.num_steps = 0
+        start = self._initial(initial)
+        self.rules.check(start)
+        self.layers.apply(start)
+
+    def _initial(self, initial: str | Tying) -> Tying:
+        if isinstance(initial, Tying):
+            return initial
+        if initial == "all":
+            return self.rules.tightest
+        if initial == "none":
+            return Tying.independent(self.layers.tying.num_layers)
+        if initial == "keep":
+            return self.layers.tying
+        raise InputError(f"initial is 'all', 'none', 'keep' or a Tying, got {initial!r}")
+
+    @property
+    def tying(self) -> Tying:
+        """The tying in force."""
+        return self.layers.tying
+
+    def step(self, reward: Callable[[], float]) -> Decision | None:
+        """Count an optimizer step; on the first and every k-th after it, decide.
+
+        The layers are re-tied, the reward of the new tying is measured and the policy learns from
+        it (Algorithm 1, lines 7-27). Call it after ``optimizer.step()``, gradients cleared.
+
+        Args:
+            reward: measures how well the model does now, the higher the better. The paper's is
+                minus the perplexity of one training batch, in eval mode and without gradients.
+
+        Returns:
+            The decision, or None at a step without one.
+        """
+        step, self.num_steps = self.num_steps, self.num_steps + 1
+        if step % self.every:
+            return None
+        state = self.tying
+        action = self.policy.act(state, self.rules)
+        next_state = Tying.from_action(action)
+        self.rules.check(next_state)
+        self.layers.apply(next_state)
+        measured, event = None, None
+        if self.policy.learns:
+            value = float(reward())
+            measured = value if math.isfinite(value) else None
+            event = None if math.isfinite(value) else f"the reward was {value}: nothing learned"
+        self.policy.observe(state, action, measured, next_state)
+        return Decision(
+            self.num_steps, action, next_state.owners, measured, event, self.policy.statistics()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pattern, the step and the policy's state: tensors and JSON-able values."""
+        return {
+            "owners": list(self.tying.owners),
+            "num_steps": self.num_steps,
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned; re-ties the layers first.
+
+        The weights are the caller's to load, before or after.
+        """
+        self.layers.apply(Tying(tuple(state["owners"])))
+        self.num_steps = state["num_steps"]
+        self.policy.load_state_dict(state["policy"])

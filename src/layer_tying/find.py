@@ -1,0 +1,187 @@
+"""Finding the layers of a model: the one list of equal blocks that a transformer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from layer_tying.errors import InputError
+
+Slot = tuple[nn.Module, str]  # the module that holds a parameter, and the attribute's name
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of a model, and where each keeps the parameters that can be shared.
+
+    Attributes:
+        model: the whole model.
+        names: the dotted name of each layer.
+        blocks: the layers themselves.
+        slots: for each layer, where its parameters live, by their names within the layer.
+        kinds: for each layer the first one that is like it (all zeros in most models).
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    blocks: tuple[nn.Module, ...]
+    slots: tuple[dict[str, Slot], ...]
+    kinds: tuple[int, ...]
+
+
+class Traits(NamedTuple):
+    """What two layers must have in common to share weights."""
+
+    block_class: type
+    parameters: dict[str, str]  # name -> shape, type and whether it trains
+    settings: dict[str, object]  # the switches that make equal shapes compute different things
+
+
+def find_layers(
+    model: nn.Module,
+    layers: str | Sequence[str] | None = None,
+    untied: Sequence[str] = (),
+    by_kind: bool = False,
+) -> LayerStack:
+    """Find the list of layers in a model and check that they can share weights.
+
+    Args:
+        model: any module.
+        layers: the dotted name of a ``ModuleList`` or ``Sequential``, or several; None to search.
+        untied: patterns of names, within a layer, that are neither shared nor compared.
+        by_kind: group layers that differ into kinds instead of refusing them.
+
+    Raises:
+        InputError: if there is no such list or more than one, or if layers differ.
+    """
+    containers = _named(model, layers) if layers else [_search(model, untied)]
+    names, blocks = [], []
+    for container in containers:
+        for child, block in model.get_submodule(container).named_children():
+            names.append(f"{container}.{child}")
+            blocks.append(block)
+    if len(blocks) < 2:
+        raise InputError(f"{', '.join(containers)} holds {len(blocks)} layer(s): nothing to tie")
+    traits = [_traits(block, untied) for block in blocks]
+    kinds = tuple(
+        next(j for j in range(i + 1) if traits[j] == traits[i]) for i in range(len(traits))
+    )
+    if any(kinds) and not by_kind:
+        other = next(i for i, kind in enumerate(kinds) if kind)
+        raise InputError(
+            f"{names[0]} and {names[other]} cannot share weights: "
+            f"{_difference(traits[0], traits[other])}; leave parameters out with untied=..., "
+            f"or tie only the layers that are alike with by_kind=True"
+        )
+    outside = _parameters_outside(model, names)
+    slots = tuple(_slots(block, untied, outside) for block in blocks)
+    if not slots[0]:
+        raise InputError(f"the layers {names[0]}, ... have no parameters to share")
+    return LayerStack(model, tuple(names), tuple(blocks), slots, kinds)
+
+
+def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
+    names = [layers] if isinstance(layers, str) else list(layers)
+    for name in names:
+        try:
+            container = model.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                f"the model has no module {name!r}; its lists of blocks are: {_listing(model)}"
+            ) from None
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            raise InputError(
+                f"{name!r} is a {type(container).__name__}, not a ModuleList or Sequential; "
+                f"the model's lists of blocks are: {_listing(model)}"
+            )
+    return names
+
+
+def _search(model: nn.Module, untied: Sequence[str]) -> str:
+    candidates = [name for name, blocks in _lists(model) if _alike(blocks, untied)]
+    if len(candidates) == 1:
+        return candidates[0]
+    problem = "more than one list" if candidates else "no list"
+    raise InputError(
+        f"{problem} of equal blocks in {type(model).__name__}; name one with layers=...: "
+        f"{_listing(model)}"
+    )
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """The outermost lists of two or more modules of one class that have parameters."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        if not name or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        blocks = list(module.children())
+        is_one_class = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        if is_one_class and all(any(True for _ in block.parameters()) for block in blocks):
+            found.append(name)
+            yield name, blocks
+
+
+def _alike(blocks: Sequence[nn.Module], untied: Sequence[str]) -> bool:
+    first = _traits(blocks[0], untied)
+    return all(_traits(block, untied) == first for block in blocks[1:])
+
+
+def _listing(model: nn.Module) -> str:
+    found = [
+        f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in _lists(model)
+    ]
+    return ", ".join(found) or "none"
+
+
+def _is_untied(name: str, untied: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in untied)
+
+
+def _traits(block: nn.Module, untied: Sequence[str]) -> Traits:
+    parameters = {
+        name: f"{tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        for name, p in block.named_parameters(remove_duplicate=False)
+        if not _is_untied(name, untied)
+    }
+    settings = {}
+    for prefix, module in block.named_modules():
+        for attribute, value in vars(module).items():
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            is_switch = value is None or isinstance(value, (bool, str))
+            is_state = attribute.startswith("_") or attribute == "training"
+            if is_switch and not is_state and not _is_untied(name, untied):
+                settings[name] = value
+    return Traits(type(block), parameters, settings)
+
+
+def _difference(one: Traits, other: Traits) -> str:
+    if one.block_class != other.block_class:
+        return f"one is a {one.block_class.__name__}, the other a {other.block_class.__name__}"
+    for ours, theirs in ((one.parameters, other.parameters), (one.settings, other.settings)):
+        for name in [*ours, *theirs]:
+            this, that = ours.get(name, "absent"), theirs.get(name, "absent")
+            if this != that:
+                return f"{name} is {this} in one and {that} in the other"
+    raise AssertionError("the traits are equal")
+
+
+def _parameters_outside(model: nn.Module, names: Sequence[str]) -> set[int]:
+    """Parameters that the rest of the model also uses: those stay as they are."""
+    prefixes = tuple(f"{name}." for name in names)
+    every = model.named_parameters(remove_duplicate=False)
+    return {id(p) for name, p in every if not name.startswith(prefixes)}
+
+
+def _slots(block: nn.Module, untied: Sequence[str], outside: set[int]) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for name, parameter in block.named_parameters(remove_duplicate=False):
+        if not _is_untied(name, untied) and id(parameter) not in outside:
+            path, _, attribute = name.rpartition(".")
+            slots[name] = (block.get_submodule(path), attribute)
+    return slots
