@@ -45,7 +45,12 @@ def place(folder: Path | None, *names: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends (LF, CRLF, CR, also mixed) all turned into LF.
+    """As `read_exactly`, with line ends (LF, CRLF, CR, also mixed) all turned into LF."""
+    return read_exactly(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_exactly(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark if it has one.
 
     Raises InputError, one line with the path, where the file is missing, unreadable, empty, binary
     (holds NUL bytes) or not UTF-8.
@@ -67,7 +72,7 @@ def read_text(path: Path) -> str:
         ) from error
     if not text.strip():
         raise InputError(f"{path}: the file is empty, expected text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -65,7 +65,7 @@ class Tokenizer:
     backend: tokenizers.Tokenizer = field(repr=False, compare=False)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32 [N], with no special token added."""
+        """The ids of `text`, int32 [N]: no special token is added, and none is read out of it."""
         if self.name == BYTES:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         parts = [np.zeros(0, np.int32)]
@@ -250,6 +250,7 @@ def _from_backend(
     """Wrap a loaded tokenizer; its special tokens are those `config` names, else the usual ones."""
     backend.no_padding()
     backend.no_truncation()
+    backend.encode_special_tokens = True  # "[MASK]" in a text is text, as it is among bytes
     ids: dict[str, int | None] = {}
     for role, usual in SPECIAL.items():
         named = config.get(f"{role}_token")
