@@ -1,0 +1,276 @@
+"""Checkpoints: unique weights and everything else that a run needs to go on exactly.
+
+A checkpoint is a folder of three files. ``model.safetensors`` holds each distinct weight once,
+``training.safetensors`` every other tensor (moments by parameter name, the agent's networks, states
+of random numbers), ``state.json`` the rest, with the tying and the hashes of the other two. It is
+written under a temporary name, synced and renamed, so a folder with its final name is whole
+unless the disk lost something; the hashes tell. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layer_tying.errors import InputError
+from layer_tying.tying import Tying
+
+FORMAT = "layer-tying checkpoint 1"
+STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Attributes:
+        folder: where it lies.
+        step: optimizer steps done.
+        tying: the tying of the saved weights.
+        config: the run's configuration, as JSON-able values.
+        facts: anything else JSON-able that was saved.
+    """
+
+    folder: Path
+    step: int
+    tying: Tying
+    config: dict[str, Any]
+    facts: dict[str, Any]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Copy the weights into a model that has the checkpoint's tying.
+
+        Raises:
+            InputError: if the names or shapes differ.
+        """
+        saved = load_file(self.folder / MODEL)
+        tensors = unique_tensors(model)
+        if saved.keys() != tensors.keys():
+            odd = sorted(saved.keys() ^ tensors.keys())
+            raise InputError(f"{self.folder} is of another model: {odd[0]} is in one of them only")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if saved[name].shape != tensor.shape:
+                    raise InputError(
+                        f"{self.folder} is of another model: {name} has shape "
+                        f"{tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
+                    )
+                tensor.copy_(saved[name])
+
+    def training_state(self) -> Any:
+        """The tree of tensors and JSON-able values that was saved beside the weights."""
+        state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return _join(state["training"], load_file(self.folder / TRAINING))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    tying: Tying,
+    *,
+    step: int,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    training: Any = None,
+) -> None:
+    """Write a checkpoint, whole or not at all, in place of one of the same name.
+
+    Args:
+        folder: its final name.
+        model: whose unique parameters and persistent buffers are saved.
+        tying: the model's.
+        step: optimizer steps done.
+        config: JSON-able values that identify the run.
+        facts: more JSON-able values.
+        training: a nested tree of dicts, lists, tensors and JSON-able values.
+
+    Raises:
+        InputError: if it cannot be written (a full disk, say); what was there before is untouched.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tensors: dict[str, Tensor] = {}
+    tree = _split(training, tensors, "")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(
+            {n: t.detach().contiguous() for n, t in unique_tensors(model).items()},
+            temporary / MODEL,
+        )
+        save_file(tensors, temporary / TRAINING)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "owners": list(tying.owners),
+            "config": dict(config),
+            "facts": dict(facts or {}),
+            "training": tree,
+            "sha256": {name: _sha256(temporary / name) for name in (MODEL, TRAINING)},
+        }
+        (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+        for file in temporary.iterdir():
+            _sync(file)
+        _replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"cannot write the checkpoint {folder}: {error}; checkpoints before it are whole"
+        ) from None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint and check that it is whole.
+
+    Raises:
+        InputError: if it is missing, torn or not a checkpoint of ours, saying which.
+    """
+    if not (folder / STATE).is_file():
+        raise InputError(f"{folder} is not a checkpoint: it has no {STATE}")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"{folder} is not a checkpoint of this program ({FORMAT!r})")
+        for name, expected in state["sha256"].items():
+            if not (folder / name).is_file() or _sha256(folder / name) != expected:
+                raise InputError(f"{folder} is torn: {name} is not what was written")
+        tying = Tying(tuple(state["owners"]))
+        return Checkpoint(folder, state["step"], tying, state["config"], state["facts"])
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder} is torn: {STATE} cannot be read ({error!r})") from None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest whole ``step-N`` checkpoint in a folder.
+
+    Returns:
+        The checkpoint, and one line for each newer one that had to be passed over.
+
+    Raises:
+        InputError: if there is none.
+    """
+    problems: list[str] = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return read_checkpoint(candidate), problems
+        except InputError as error:
+            problems.append(str(error))
+    reason = f": {problems[0]}" if problems else ""
+    raise InputError(f"{folder} holds no whole checkpoint to resume from{reason}")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort by step."""
+    return folder / f"step-{step:08d}"
+
+
+def keep_newest(folder: Path, number: int) -> None:
+    """Delete all but the newest ``step-N`` checkpoints."""
+    for old in sorted(folder.glob("step-*"))[:-number]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Each distinct parameter, and each persistent buffer, under its first name."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state with parameters' names for keys."""
+    return {
+        name: dict(optimizer.state[p])
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def load_moments_by_name(
+    model: nn.Module, optimizer: Optimizer, moments: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give each named parameter the optimizer state that ``moments_by_name`` saved."""
+    optimizer.state.clear()
+    parameters = dict(model.named_parameters())
+    for name, state in moments.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's global random numbers, on every device."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Go on with the random numbers that ``rng_state`` saw."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _split(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The tree as JSON-able values, its tensors put aside under their paths.
+
+    Dictionaries become lists of pairs, since an optimizer's keys are integers.
+    """
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().clone().contiguous()
+        return {"tensor": path}
+    if isinstance(tree, Mapping):
+        return {"pairs": [[k, _split(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return {"list": [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "pairs":
+        return {key: _join(value, tensors) for key, value in content}
+    if kind == "list":
+        return [_join(value, tensors) for value in content]
+    return content
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Rename a folder into place; an older one of that name goes away after, not before."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""What a run is: one frozen, validated dataclass that makes a round trip through JSON.
+
+Every field of ``TrainConfig`` is a flag of ``layer-tying train`` (``max_steps`` is
+``--max-steps``), with its help text and its default from here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from layer_tying.errors import InputError
+from layer_tying.policies import PATTERNS
+
+POLICIES = ("dqn", "random", "fixed", *PATTERNS)
+FAMILIES = ("gpt2", "llama", "bert", "vit")
+
+
+def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Raises:
+        InputError: if a value is out of its range, or two values contradict each other.
+    """
+
+    policy: str = _flag("dqn", "who decides which layers are tied", POLICIES)
+    groups: int | None = _flag(None, "number of groups of a static pattern that needs one")
+    owners: str | None = _flag(None, "the pattern of --policy fixed, such as 0,0,2,2")
+    family: str = _flag("gpt2", "the kind of transformer", FAMILIES)
+    dataset: str = _flag("pydocs", "a data set's name, or the path of a text file or folder")
+    data_dir: str | None = _flag(None, "where local data sets lie (else $LAYER_TYING_DATA)")
+    tokenizer: str = _flag("bytes", "bytes, bpe:N (learned), gpt2, bert-base-uncased, or a path")
+    objective: str = _flag("masked", "what BERT learns to predict", ("masked", "causal"))
+    nlayers: int = _flag(8, "L, the number of layers")
+    nhead: int = _flag(4, "attention heads")
+    emsize: int = _flag(128, "width of the model")
+    bptt: int = _flag(128, "sequence length in tokens")
+    dropout: float = _flag(0.0, "dropout probability")
+    batch_size: int = _flag(16, "sequences in a batch, over all processes")
+    eval_batch_size: int = _flag(32, "sequences in an evaluation batch")
+    accumulate: int = _flag(1, "batches whose gradients make one optimizer step")
+    lr: float = _flag(1e-3, "peak learning rate of AdamW")
+    warmup: float = _flag(0.05, "share of the steps over which the learning rate rises")
+    final_lr: float = _flag(0.1, "where the cosine ends, as a share of the peak learning rate")
+    weight_decay: float = _flag(0.1, "weight decay of matrices (vectors are not decayed)")
+    clip: float = _flag(1.0, "largest norm of the gradient")
+    epochs: int = _flag(1, "passes over the training split")
+    max_steps: int | None = _flag(None, "optimizer steps; overrides --epochs")
+    every: int = _flag(50, "k, the optimizer steps between decisions")
+    gradient: str = _flag("sum", "whose gradient a shared weight gets", ("sum", "owner"))
+    moments: str = _flag("copy", "optimizer state of a newly independent layer", ("copy", "fresh"))
+    initial: str = _flag("all", "the tying that a deciding policy starts from", ("all", "none"))
+    reward: str = _flag(
+        "log-perplexity",
+        "what the agent maximises, on a training batch: minus this",
+        ("log-perplexity", "perplexity"),
+    )
+    precision: str = _flag(
+        "auto", "auto takes bf16 where it is measured to be faster", ("auto", "fp32", "bf16")
+    )
+    checkpointing: bool = _flag(False, "recompute activations in the backward pass")
+    compile: bool = _flag(False, "compile the layers with torch.compile")
+    seed: int = _flag(0, "of weights, data order and agent")
+    exp: str = _flag("run", "name of the run, its folder in --output-dir")
+    output_dir: str = _flag("runs", "where run folders are made")
+    log_every: int = _flag(10, "optimizer steps between logged lines")
+    eval_every: int | None = _flag(None, "steps between validations (default: a tenth of the run)")
+    eval_batches: int | None = _flag(50, "most batches of a validation during training")
+    save_every: int | None = _flag(None, "steps between checkpoints (default: as validations)")
+    log_with: str | None = _flag(None, "also log to a tracker", ("tensorboard", "wandb", "mlflow"))
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            choices = each.metadata["choices"]
+            value = getattr(self, each.name)
+            if choices and value is not None and value not in choices:
+                raise InputError(f"{each.name} is one of {', '.join(choices)}; got {value!r}")
+        self._check_ranges()
+        if self.emsize % self.nhead:
+            raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
+        if self.max_steps is not None and self.every > self.max_steps:
+            raise InputError(
+                f"every {self.every} is more than max-steps {self.max_steps}: "
+                f"the policy would decide only once; take a smaller --every"
+            )
+        if (self.policy == "fixed") != (self.owners is not None):
+            raise InputError("policy fixed and --owners go together, such as --owners 0,0,2,2")
+        if not self.exp or Path(self.exp).is_absolute() or ".." in Path(self.exp).parts:
+            raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            **dict.fromkeys(("nhead", "emsize", "bptt", "batch_size", "eval_batch_size"), 1),
+            **dict.fromkeys(("accumulate", "epochs", "max_steps", "every", "log_every"), 1),
+            **dict.fromkeys(("eval_every", "eval_batches", "save_every", "groups"), 1),
+            **dict.fromkeys(("seed", "weight_decay"), 0),
+            "nlayers": 2,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is at least {least}, got {value}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is more than 0, got {getattr(self, name)}")
+        for name in ("dropout", "warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is between 0 and 1, got {getattr(self, name)}")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.exp
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """The configuration that ``to_json`` wrote.
+
+        Raises:
+            InputError: if it is not one.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"not a run's configuration: {error}") from None
+
+
+# What may differ between a run and its resumption: where things lie and what is reported.
+_FREE = {"data_dir", "output_dir", "exp", "log_every", "log_with", "save_every", "eval_batch_size"}
+
+
+def first_difference(one: TrainConfig, other: TrainConfig) -> str | None:
+    """The first setting that makes two runs different experiments, or None."""
+    for each in fields(TrainConfig):
+        ours, theirs = getattr(one, each.name), getattr(other, each.name)
+        if each.name not in _FREE and ours != theirs:
+            return f"{each.name} is {ours!r} in one and {theirs!r} in the other"
+    return None

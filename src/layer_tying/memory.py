@@ -1,0 +1,65 @@
+"""What a run holds in memory: parameters, gradients and moments, counted; the peak, measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The memory of a model in training, each distinct tensor counted once.
+
+    Attributes:
+        num_trainable: number of trainable parameters.
+        parameter_bytes: all parameters, trainable or not.
+        gradient_bytes: the gradients of a step, one for each trainable parameter.
+        moment_bytes: what the optimizer keeps for them.
+    """
+
+    num_trainable: int
+    parameter_bytes: int
+    gradient_bytes: int
+    moment_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Parameters, gradients and moments together."""
+        return self.parameter_bytes + self.gradient_bytes + self.moment_bytes
+
+
+def model_state(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> ModelState:
+    """Count what a model and its optimizers hold."""
+    parameters = list(model.parameters())  # each shared one once
+    trainable = [p for p in parameters if p.requires_grad]
+    moments = [
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return ModelState(
+        num_trainable=sum(p.numel() for p in trainable),
+        parameter_bytes=_bytes(parameters),
+        gradient_bytes=_bytes(trainable),
+        moment_bytes=_bytes(moments),
+    )
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: allocated on a CUDA device, resident in RAM elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

@@ -1,0 +1,170 @@
+"""GPT-2, Llama, BERT and ViT from transformers' configurations, built already tied.
+
+A tied model never allocates its L layers: it is laid out on the meta device, tied there, and only
+then is storage made, for what is left. Layers that are tied from the start cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from layer_tying.surgery import TiedLayers
+from layer_tying.tying import Tying
+
+
+def language_config(
+    family: str,
+    *,
+    num_layers: int,
+    num_heads: int,
+    hidden_size: int,
+    vocab_size: int,
+    max_length: int,
+    dropout: float = 0.0,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    causal: bool = True,
+) -> PretrainedConfig:
+    """The transformers configuration of a language model.
+
+    Args:
+        family: ``gpt2``, ``llama`` or ``bert``.
+        num_layers: L.
+        num_heads: attention heads; divides ``hidden_size``.
+        hidden_size: width.
+        vocab_size: of the tokenizer.
+        max_length: the longest sequence, in tokens.
+        dropout: probability, everywhere the family has dropout.
+        eos_id, pad_id: the tokenizer's special tokens.
+        causal: for BERT, a decoder rather than an encoder.
+    """
+    special: dict[str, Any] = {
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+    }
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            n_layer=num_layers,
+            n_head=num_heads,
+            n_embd=hidden_size,
+            vocab_size=vocab_size,
+            n_positions=max_length,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            **special,
+        )
+    if family == "llama":
+        return transformers.LlamaConfig(
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            hidden_size=hidden_size,
+            intermediate_size=-(-hidden_size * 8 // (3 * 32)) * 32,  # SwiGLU: 8/3 of the width
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            attention_dropout=dropout,
+            **special,
+        )
+    return transformers.BertConfig(
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_length,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        is_decoder=causal,
+        **special,
+    )
+
+
+def image_config(
+    *,
+    num_layers: int,
+    num_heads: int,
+    hidden_size: int,
+    image_size: int,
+    num_channels: int,
+    class_names: Sequence[str],
+    dropout: float = 0.0,
+) -> PretrainedConfig:
+    """The transformers configuration of a ViT whose images are 8 x 8 patches."""
+    return transformers.ViTConfig(
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        image_size=image_size,
+        patch_size=max(image_size // 8, 1),
+        num_channels=num_channels,
+        id2label=dict(enumerate(class_names)),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """What is built from a configuration: a model with the head its family trains with."""
+    if isinstance(config, transformers.ViTConfig):
+        return transformers.ViTForImageClassification
+    if isinstance(config, transformers.BertConfig):
+        return transformers.BertLMHeadModel if config.is_decoder else transformers.BertForMaskedLM
+    if isinstance(config, transformers.LlamaConfig):
+        return transformers.LlamaForCausalLM
+    return transformers.GPT2LMHeadModel
+
+
+def build_model(
+    config: PretrainedConfig,
+    tying: Tying,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Build a randomly initialised model whose layers are tied from the start.
+
+    Only the independent layers are ever allocated. Weights are drawn from torch's global random
+    numbers, layer by layer, as transformers initialises them.
+
+    Args:
+        config: from ``language_config`` or ``image_config``.
+        tying: of as many layers as the configuration has.
+        device: where the weights shall lie.
+        dtype: of the weights.
+    """
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    layers = TiedLayers(model)
+    layers.apply(tying)
+    _allocate(model, torch.device(device), dtype)
+    blocks = layers.stack.blocks
+    for layer, owner in enumerate(tying.owners):
+        if layer != owner:
+            for module in blocks[layer].modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]  # drawn once, by its owner
+    model.init_weights()
+    for layer, owner in enumerate(tying.owners):
+        for mine, its in zip(blocks[layer].buffers(), blocks[owner].buffers(), strict=True):
+            mine.copy_(its)
+    return model
+
+
+def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace each distinct meta tensor of a model by one of storage, wherever it is used."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                empty = torch.empty_like(parameter, device=device, dtype=dtype)
+                made[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
