@@ -12,7 +12,6 @@ Facts:
 
 import contextlib
 import hashlib
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from layer_tying.files import (
     data_folder,
     from_hub,
     place,
+    read_arrays,
     read_text,
     write_whole,
 )
@@ -192,10 +192,10 @@ def count_words(text: str) -> int:
 
 def _read_cache(file: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(file, allow_pickle=False) as arrays:  # a zip: each array carries a checksum
-            tokens = {name: arrays[name].astype(np.int32) for name in PUBLISHED_SPLITS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_arrays(file, *PUBLISHED_SPLITS)
+    except InputError:  # not there, or damaged
         return None
+    tokens = {name: ids.astype(np.int32) for name, ids in arrays.items()}
     sound = all(
         ids.ndim == 1 and (not len(ids) or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size)
         for ids in tokens.values()

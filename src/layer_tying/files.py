@@ -6,9 +6,14 @@ Files given by hand come first, the hub second; whatever goes wrong is one `Inpu
 import os
 import socket
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from layer_tying.errors import InputError
 
@@ -73,6 +78,25 @@ def read_exactly(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: the file is empty, expected text")
     return text
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file; nothing is unpickled, and the checksums are checked.
+
+    Raises InputError, one line with the path, where the file is missing or damaged, is something
+    else, or lacks one of the arrays.
+    """
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, NpzFile):
+            raise ValueError("a single array")
+        with arrays:
+            return {name: arrays[name] for name in names}
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]}; expected arrays {', '.join(names)}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: truncated or not an .npz file of arrays ({reason})") from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
