@@ -36,7 +36,7 @@ class LayerStack:
 class Traits(NamedTuple):
     """What two layers must have in common to share weights."""
 
-    block_class: type
+    block_class: str
     parameters: dict[str, str]  # name -> shape, type and whether it trains
     settings: dict[str, object]  # the switches that make equal shapes compute different things
 
@@ -57,27 +57,22 @@ def find_layers(
 
     Raises:
         InputError: if there is no such list or more than one, or if layers differ.
+
+    The lists of a model are its outermost ones of two or more modules of one class. Where several
+    hold equal blocks one must be named; where only one list is there, it is taken.
     """
     containers = _named(model, layers) if layers else [_search(model, untied)]
     names, blocks = [], []
     for container in containers:
-        for child, block in model.get_submodule(container).named_children():
+        for child, block in model.get_submodule(container)._modules.items():
+            assert block is not None  # a ModuleList and a Sequential hold modules only
             names.append(f"{container}.{child}")
             blocks.append(block)
     if len(blocks) < 2:
         raise InputError(f"{', '.join(containers)} holds {len(blocks)} layer(s): nothing to tie")
-    traits = [_traits(block, untied) for block in blocks]
-    kinds = tuple(
-        next(j for j in range(i + 1) if traits[j] == traits[i]) for i in range(len(traits))
-    )
-    if any(kinds) and not by_kind:
-        other = next(i for i, kind in enumerate(kinds) if kind)
-        raise InputError(
-            f"{names[0]} and {names[other]} cannot share weights: "
-            f"{_difference(traits[0], traits[other])}; leave parameters out with untied=..., "
-            f"or tie only the layers that are alike with by_kind=True"
-        )
-    outside = _parameters_outside(model, names)
+    _refuse_repeats(names, blocks)
+    kinds = _kinds(names, [_traits(block, untied) for block in blocks], by_kind)
+    outside = _parameters_outside(model, blocks)
     slots = tuple(_slots(block, untied, outside) for block in blocks)
     if not slots[0]:
         raise InputError(f"the layers {names[0]}, ... have no parameters to share")
@@ -102,10 +97,12 @@ def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 
 def _search(model: nn.Module, untied: Sequence[str]) -> str:
-    candidates = [name for name, blocks in _lists(model) if _alike(blocks, untied)]
+    lists = dict(_lists(model))
+    equal = [name for name, blocks in lists.items() if _alike(blocks, untied)]
+    candidates = equal or list(lists)
     if len(candidates) == 1:
-        return candidates[0]
-    problem = "more than one list" if candidates else "no list"
+        return candidates[0]  # if its blocks differ, the caller says in what
+    problem = "more than one list" if equal else "no list"
     raise InputError(
         f"{problem} of equal blocks in {type(model).__name__}; name one with layers=...: "
         f"{_listing(model)}"
@@ -120,8 +117,8 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
             continue
         if not name or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        blocks = list(module.children())
-        is_one_class = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        blocks = list(module)
+        is_one_class = len(blocks) > 1 and len({_class_name(block) for block in blocks}) == 1
         if is_one_class and all(any(True for _ in block.parameters()) for block in blocks):
             found.append(name)
             yield name, blocks
@@ -137,6 +134,37 @@ def _listing(model: nn.Module) -> str:
         f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in _lists(model)
     ]
     return ", ".join(found) or "none"
+
+
+def _class_name(block: nn.Module) -> str:
+    """By name: a class that torch or we derive from a block's to wrap it is still that class."""
+    return type(block).__qualname__
+
+
+def _refuse_repeats(names: Sequence[str], blocks: Sequence[nn.Module]) -> None:
+    """Sharing a module shares its buffers, hooks and place in the KV cache, and is not undone."""
+    first: dict[nn.Module, str] = {}
+    for name, block in zip(names, blocks, strict=True):
+        if block in first:
+            raise InputError(
+                f"{first[block]} and {name} are one and the same module: give each layer a module "
+                f"of its own (copy.deepcopy) and leave it to this library to share the weights"
+            )
+        first[block] = name
+
+
+def _kinds(names: Sequence[str], traits: Sequence[Traits], by_kind: bool) -> tuple[int, ...]:
+    """For each layer the first one that is like it."""
+    kinds = tuple(traits.index(one) for one in traits)
+    num_kinds = len(set(kinds))
+    if num_kinds == 1 or (by_kind and num_kinds < len(kinds)):
+        return kinds
+    other = next(i for i, kind in enumerate(kinds) if kind)
+    remedy = "" if by_kind else ", or tie only the layers that are alike with by_kind=True"
+    raise InputError(
+        f"{names[0]} and {names[other]} cannot share weights: "
+        f"{_difference(traits[0], traits[other])}; leave parameters out with untied=...{remedy}"
+    )
 
 
 def _is_untied(name: str, untied: Sequence[str]) -> bool:
@@ -157,12 +185,12 @@ def _traits(block: nn.Module, untied: Sequence[str]) -> Traits:
             is_state = attribute.startswith("_") or attribute == "training"
             if is_switch and not is_state and not _is_untied(name, untied):
                 settings[name] = value
-    return Traits(type(block), parameters, settings)
+    return Traits(_class_name(block), parameters, settings)
 
 
 def _difference(one: Traits, other: Traits) -> str:
     if one.block_class != other.block_class:
-        return f"one is a {one.block_class.__name__}, the other a {other.block_class.__name__}"
+        return f"one is a {one.block_class}, the other a {other.block_class}"
     for ours, theirs in ((one.parameters, other.parameters), (one.settings, other.settings)):
         for name in [*ours, *theirs]:
             this, that = ours.get(name, "absent"), theirs.get(name, "absent")
@@ -171,11 +199,18 @@ def _difference(one: Traits, other: Traits) -> str:
     raise AssertionError("the traits are equal")
 
 
-def _parameters_outside(model: nn.Module, names: Sequence[str]) -> set[int]:
+def _parameters_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
     """Parameters that the rest of the model also uses: those stay as they are."""
-    prefixes = tuple(f"{name}." for name in names)
-    every = model.named_parameters(remove_duplicate=False)
-    return {id(p) for name, p in every if not name.startswith(prefixes)}
+    rest = _modules_outside(model, set(blocks))
+    return {id(p) for module in rest for p in module.parameters(recurse=False)}
+
+
+def _modules_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that can be reached without passing through a block."""
+    if module not in blocks:
+        yield module
+        for child in module.children():
+            yield from _modules_outside(child, blocks)
 
 
 def _slots(block: nn.Module, untied: Sequence[str], outside: set[int]) -> dict[str, Slot]:
