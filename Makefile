@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+help:                 ## show this list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
+
+demo: $(VENV)/.run    ## train a GPT-2 conventionally and with the paper's agent, and report
+	$(BIN)/layer-tying compare --exp demo --overwrite --max-steps 500 --every 10 --eval-every 100 \
+		--nlayers 8
+
+test: $(VENV)/.test   ## the tests, in minutes, without a network
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.test ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test  ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied
+	$(BIN)/python benchmarks/memory.py
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) --editable '.[test,check]'
+	touch $@
+
+.PHONY: help demo test test-slow check bench-memory
