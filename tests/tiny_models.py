@@ -3,7 +3,6 @@
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional as F
 
 from layer_tying.tying import Tying
 
@@ -81,7 +80,9 @@ def llama(num_layers: int = 6) -> transformers.LlamaForCausalLM:
 
 def t5() -> transformers.T5ForConditionalGeneration:
     config = transformers.T5Config(
-        num_layers=3, num_decoder_layers=3, d_model=16, d_kv=8, d_ff=32, num_heads=2, vocab_size=40
+        num_layers=3, num_decoder_layers=3, d_model=16, d_kv=8, d_ff=32, num_heads=2,
+        vocab_size=40,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -112,7 +113,7 @@ def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
     if isinstance(model, Plain):
         dtype = model.head.weight.dtype
         x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        return F.mse_loss(model(x), torch.zeros((), dtype=dtype))
+        return model(x).square().mean()
     ids = tokens(seed=seed)
     return model(input_ids=ids, labels=ids).loss
 

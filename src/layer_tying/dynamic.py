@@ -116,6 +116,11 @@ class DynamicTying:
         """The tying in force."""
         return self.layers.tying
 
+    @property
+    def decision_is_due(self) -> bool:
+        """Whether the next call of ``step`` decides."""
+        return self.num_steps % self.every == 0
+
     def step(self, reward: Callable[[], float]) -> Decision | None:
         """Count an optimizer step; on the first and every k-th after it, decide.
 

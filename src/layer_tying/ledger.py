@@ -9,12 +9,11 @@ a transition and enters those that are live after it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import compress
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-
-Name = tuple[int, str]  # (layer, name of the parameter within the layer)
 
 
 class Ledger:
@@ -26,9 +25,9 @@ class Ledger:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._group_of: dict[Name, int | None] = {}
+        self._group_of: dict[str, int | None] = {}
 
-    def take_out(self, parameters: Mapping[Name, nn.Parameter]) -> None:
+    def take_out(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note each name's group and remove the parameters from the groups; moments stay."""
         groups = self.optimizer.param_groups
         index_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
@@ -36,24 +35,45 @@ class Ledger:
             self._group_of[name] = index_of.get(id(parameter))
         taken = {id(p) for p in parameters.values()}
         for group in groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in taken]
+            stays = [id(p) not in taken for p in group["params"]]
+            for key in _columns(group):
+                group[key][:] = compress(group[key], stays)
 
-    def enter(self, parameters: Mapping[Name, nn.Parameter], fallback: Mapping[int, int]) -> None:
+    def enter(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
         """Add the parameters to the groups their names had, in the order given.
 
         An optimizer's state dict names parameters by their place, so the order must depend on the
         tying alone: the process that loads builds the same one.
 
         Args:
-            parameters: the live parameters of the independent layers.
-            fallback: for each layer another one, whose groups it takes for names never seen.
+            parameters: the live parameters of the independent layers, by their names in the model.
+            fallback: for each name another one, whose group it takes if it was never seen.
         """
         entered: set[int] = set()
-        for (layer, name), parameter in parameters.items():
-            known = self._group_of.get((layer, name), self._group_of.get((fallback[layer], name)))
+        for name, parameter in parameters.items():
+            known = self._group_of.setdefault(name, self._group_of.get(fallback[name]))
             if known is not None and id(parameter) not in entered:
-                self.optimizer.param_groups[known]["params"].append(parameter)
+                group = self.optimizer.param_groups[known]
+                for key, value in zip(_columns(group), (parameter, name), strict=False):
+                    group[key].append(value)
                 entered.add(id(parameter))
+
+    def verify(self, parameters: Mapping[str, nn.Parameter], live: set[int]) -> None:
+        """Raise an AssertionError if the books are not those of a model.
+
+        Args:
+            parameters: those of the independent layers, by name.
+            live: the ids of all parameters of the model.
+        """
+        groups = self.optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in groups) == len(held), (
+            "a parameter is optimized twice"
+        )
+        assert held <= live, "the optimizer holds a parameter that no layer uses"
+        assert {id(p) for p in self.optimizer.state} <= held, "there are dead moments"
+        for name, parameter in parameters.items():
+            assert self._group_of.get(name) is None or id(parameter) in held, f"{name} is lost"
 
     def drop_moments(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget the optimizer's state of these parameters."""
@@ -64,6 +84,11 @@ class Ledger:
         """Give ``target`` a copy of the optimizer's state of ``source``, if it has any."""
         if source in self.optimizer.state:
             self.optimizer.state[target] = _cloned(self.optimizer.state[source])
+
+
+def _columns(group: Mapping[str, object]) -> list[str]:
+    """What a group has one of for each parameter: itself and, in some optimizers, its name."""
+    return [key for key in ("params", "param_names") if key in group]
 
 
 def _cloned(state: object) -> object:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from layer_tying.errors import InputError
 from layer_tying.find import LayerStack, find_layers
 from layer_tying.gradient import use_only_the_owners_gradient
-from layer_tying.ledger import Ledger, Name
+from layer_tying.ledger import Ledger
 from layer_tying.tying import Rules, Tying, storage_sources
 
 Parameters = dict[str, nn.Parameter]
@@ -107,10 +107,15 @@ class TiedLayers:
         self.rules.check(tying)
         if tying == self.tying:
             return
+        if self._tying_in_storage() != self.tying:
+            raise InputError(
+                "the layers' weights were exchanged by something else since they were last tied: "
+                "load_state_dict(assign=True) and a second TiedLayers do that, leave them out"
+            )
         self._take_out_of_books()
         sources = storage_sources(self.tying, tying)
         old = {source: self.parameters(source) for source, _ in sources.values()}
-        self._drop_moments_of(set(self.tying.independent_layers) - set(old))
+        self._drop_moments_of(self._layers_that_lose_moments(tying))
         for layer, owner in enumerate(tying.owners):
             self._point(layer, old[sources[owner][0]])
         for owner, (source, needs_copy) in sources.items():
@@ -118,8 +123,6 @@ class TiedLayers:
                 copies = self._copy(old[source])
                 for layer in tying.groups[owner]:
                     self._point(layer, copies)
-            elif owner != source and not self._copies_moments:
-                self._drop_moments_of({owner})
         self.tying = tying
         self._enter_in_books()
 
@@ -127,16 +130,16 @@ class TiedLayers:
         """Check the invariant.
 
         Raises:
-            AssertionError: if storage is not what the tying says, or an optimizer holds a
-                parameter twice, a parameter that no layer uses, or its moments.
+            AssertionError: if storage is not what the tying says, or an optimizer has lost a
+                parameter, or holds one twice, or one that no layer uses, or its moments.
         """
         assert self._tying_in_storage() == self.tying, "storage is not what the tying says"
+        owned = self._owned()
+        addresses = {id(p): p.data_ptr() for p in owned.values() if p.numel() and not p.is_meta}
+        assert len(set(addresses.values())) == len(addresses), "two parameters share memory"
         live = {id(p) for p in self.stack.model.parameters()}
         for ledger in self._ledgers:
-            held = [id(p) for group in ledger.optimizer.param_groups for p in group["params"]]
-            assert len(set(held)) == len(held), "a parameter is optimized twice"
-            assert set(held) <= live, "the optimizer holds a parameter that no layer uses"
-            assert {id(p) for p in ledger.optimizer.state} <= set(held), "there are dead moments"
+            ledger.verify(owned, live)
 
     def _tying_in_storage(self) -> Tying:
         """The tying that the parameters' identities show."""
@@ -172,9 +175,10 @@ class TiedLayers:
                         ledger.copy_moments(parameter, copy)
         return {name: copies[id(parameter)] for name, parameter in parameters.items()}
 
-    def _owned(self) -> dict[Name, nn.Parameter]:
+    def _owned(self) -> Parameters:
+        """The parameters of the independent layers, by their names in the model."""
         return {
-            (layer, name): parameter
+            f"{self.stack.names[layer]}.{name}": parameter
             for layer in self.tying.independent_layers
             for name, parameter in self.parameters(layer).items()
         }
@@ -184,8 +188,23 @@ class TiedLayers:
             ledger.take_out(self._owned())
 
     def _enter_in_books(self) -> None:
+        names = self.stack.names
+        in_first_of_kind = {
+            f"{names[layer]}.{name}": f"{names[self.stack.kinds[layer]]}.{name}"
+            for layer in self.tying.independent_layers
+            for name in self.stack.slots[layer]
+        }
         for ledger in self._ledgers:
-            ledger.enter(self._owned(), dict(enumerate(self.stack.kinds)))
+            ledger.enter(self._owned(), in_first_of_kind)
+
+    def _layers_that_lose_moments(self, tying: Tying) -> set[int]:
+        """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
+        sources = storage_sources(self.tying, tying)
+        if self._copies_moments:
+            keeping = {source for source, _ in sources.values()}
+        else:
+            keeping = set(self.tying.independent_layers) & set(tying.independent_layers)
+        return set(self.tying.independent_layers) - keeping
 
     def _drop_moments_of(self, layers: set[int]) -> None:
         for ledger in self._ledgers:

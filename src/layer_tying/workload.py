@@ -125,7 +125,8 @@ class LanguageWorkload:
         part = getattr(self.corpus, split)
         inputs, labels = evaluation_windows(part.tokens, self._length)
         if self.masked:  # the same masks at every evaluation
-            inputs, labels = mask_tokens(inputs, np.random.default_rng(0), self.tokenizer)
+            inputs, masked = mask_tokens(inputs, np.random.default_rng(0), self.tokenizer)
+            labels = np.where(labels == evaluate.IGNORED, evaluate.IGNORED, masked)
         with evaluate.evaluating(model):
             loss = evaluate.mean_loss(
                 (self.loss(model, (inputs[rows], labels[rows])), int((labels[rows] >= 0).sum()))
