@@ -1,0 +1,281 @@
+"""What stands on the page and in which order, and the files that it is written to.
+
+`report.html` is one self-contained file; beside it, in `report_figures/`, lie its figures as SVG
+and PNG. Several seeds are shown as mean and sample standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from layer_tying.errors import InputError
+from layer_tying.report import figures, page, tables
+from layer_tying.report.formats import format_number, format_percent, format_times
+from layer_tying.report.runs import (
+    REPETITION_KEYS,
+    RunGroup,
+    conventional_for,
+    curve,
+    group_runs,
+    read_run,
+)
+
+# name of its files, the figure, its caption -> HTML
+Show = Callable[[str, Figure, str], str]
+
+CURVES = {
+    "validation_perplexity": (
+        "validation perplexity",
+        f"Lower is better; shown up to {figures.PERPLEXITY_RANGE} times the best.",
+    ),
+    "validation_accuracy": ("validation accuracy", "Higher is better."),
+    "loss": ("training loss", "On training batches."),
+    "independent_layers": ("independent layers", "Layers with weights of their own."),
+    "model_state_bytes": ("model state", "Parameters, gradients and moments."),
+}
+COMPARISON_NOTE = (
+    "Validation selects; test is only reported. Means run over training; several seeds are mean ± "
+    "standard deviation. “Of conv.” is relative to conventional training of the same model on the "
+    "same data. Model state is parameters, gradients and moments; peak memory is all that was "
+    "measured (on a CPU, the whole process). “Deciding” is the share of time that decisions took. "
+    "1 MB is 10⁶ bytes."
+)
+PAPER_NOTE = (
+    "Paper: David-Hay and Wolf, Dynamic Layer Tying for Parameter-Efficient Transformers, ICLR "
+    "2024; GPT-2 with 48 layers of width 1,600 on WikiText-2. Perplexity is of the test split. "
+    "Rows compare only at the same data, tokenizer and size. Here, the memory peak is all that was "
+    "measured, and the mean is of the model state. A dash is not known."
+)
+
+
+def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Write the page, and its figures into `<output stem>_figures/`; returns them, page first.
+
+    Raises InputError for a folder that is not a run, and where nothing can be written.
+    """
+    folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    if not folders:
+        raise InputError("no run folder given: name at least one")
+    groups = group_runs([read_run(folder) for folder in folders])
+    output = Path(output)
+    album = output.with_name(f"{output.stem}_figures")
+    written = [output]
+
+    def show(name: str, figure: Figure, caption: str) -> str:
+        svg, png = figures.render(figure)
+        for suffix, content in ((".svg", svg.encode()), (".png", png)):
+            written.append(album / (name + suffix))
+            written[-1].write_bytes(content)
+        return page.figure(svg, name, caption, is_wide=figure.get_figwidth() > figures.NARROW)
+
+    try:
+        album.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(figures.STYLE):
+            blocks = [_tiles(groups), *_sections(groups, show)]
+        output.write_text(page.document(_title(groups), _lead(groups), blocks), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output}: cannot write the report: {error.strerror}") from None
+    return written
+
+
+def _sections(groups: list[RunGroup], show: Show) -> list[str]:
+    sections = {
+        "Comparison": _comparison(groups),
+        "Over training": [page.grid(_curves(groups, show))],
+        "Who owns whom": _ownership(groups, show),
+        "How often each layer was independent": _independence(groups, show),
+        "What the agent expects": _q_values(groups, show),
+        "Memory": _memory(groups, show),
+        "Beside the paper": _beside_the_paper(groups),
+        "Runs": [page.table(*tables.run_list(groups), kind="left"), _configuration(groups)],
+    }
+    return [page.section(title, blocks) for title, blocks in sections.items() if any(blocks)]
+
+
+def _title(groups: list[RunGroup]) -> str:
+    """What was trained on what, as far as the runs have it in common."""
+    common = _common_configuration(groups)
+    family, dataset = str(common.get("family", "")), str(common.get("dataset", ""))
+    parts = [{"gpt2": "GPT-2", "bert": "BERT", "vit": "ViT", "llama": "Llama"}.get(family, family)]
+    if "nlayers" in common:
+        parts.append(f"with {common['nlayers']} layers")
+    if dataset:
+        parts.append(f"on {Path(dataset).name}")
+    return " ".join(["Layer tying:", *filter(None, parts)]) if any(parts) else "Layer tying"
+
+
+def _lead(groups: list[RunGroup]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    unfinished = sum(group.num_unfinished for group in groups)
+    names = ": " + ", ".join(group.title for group in groups) if len(groups) < 6 else ""
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return count + names + (f" ({unfinished} unfinished)" if unfinished else "")
+
+
+def _tiles(groups: list[RunGroup]) -> str:
+    """The outcome in large numbers: the paper's agent, else the first run not conventional."""
+    deciding = [group for group in groups if group.runs[0].policy != "none"] or groups
+    ours = next((group for group in deciding if group.runs[0].policy == "dqn"), deciding[0])
+    baseline = conventional_for(ours, groups)
+
+    def mean(key: str, group: RunGroup = ours) -> float:
+        return tables.value_of(key, group, groups).mean
+
+    quality, write = "validation_perplexity", format_number
+    if math.isfinite(mean("accuracy")):
+        quality, write = "accuracy", format_percent
+    against = ""
+    if baseline and baseline is not ours:
+        against = f" (conventional: {write(mean(quality, baseline))})"
+    share, time = mean("share_of_conventional"), mean(tables.RATIO)
+    items = [
+        (write(mean(quality)), f"{quality.replace('_', ' ')}, {ours.label}{against}"),
+        (format_number(mean("independent_layers_mean")),
+         f"independent layers of {ours.runs[0].num_layers}, mean over training"),
+        (format_percent(share), "of conventional training’s parameters trained, mean"),
+        (format_times(time), "of conventional training’s time a step"),
+    ]  # fmt: skip
+    return page.tiles([(number, text) for number, text in items if number != "—"])
+
+
+def _comparison(groups: list[RunGroup]) -> list[str]:
+    """What came out, and what it cost."""
+    both = [tables.comparison(groups, part) for part in (tables.OUTCOME, tables.COST)]
+    return [page.table(*table) for table in both if len(table[0]) > 1] + [
+        page.note(COMPARISON_NOTE)
+    ]
+
+
+def _curves(groups: list[RunGroup], show: Show) -> list[str]:
+    styles = figures.group_styles(groups)
+    blocks = []
+    for key, (axis_label, explanation) in CURVES.items():
+        shown = [index for index, group in enumerate(groups) if _has_curve(group, key)]
+        if not shown:
+            continue
+        caption = f"{axis_label.capitalize()}. {explanation}"
+        if any(len(groups[index].runs) > 1 for index in shown):
+            caption += " Bands: one standard deviation over seeds."
+        figure = figures.draw_curves(
+            [groups[index] for index in shown], [styles[index] for index in shown], key, axis_label
+        )
+        blocks.append(show(key, figure, caption))
+    return blocks
+
+
+def _has_curve(group: RunGroup, key: str) -> bool:
+    """Whether the metric was logged; of images, accuracy is shown in place of perplexity."""
+    is_image = len(curve(group, "validation_accuracy")[0]) > 0
+    return len(curve(group, key)[0]) > 0 and not (is_image and key == "validation_perplexity")
+
+
+def _ownership(groups: list[RunGroup], show: Show) -> list[str]:
+    """How every run ended, then the history of the first seed of each deciding policy."""
+    blocks = []
+    for num_layers in sorted({group.runs[0].num_layers for group in groups}):
+        alike = [group for group in groups if group.runs[0].num_layers == num_layers]
+        colours = figures.owner_colours([run for group in alike for run in group.runs])
+        caption = (
+            "The tying each run ended with. A cell names the layer whose weights are used there; "
+            "cells of one number share one set of weights. Bold: independent layers."
+        )
+        final = figures.draw_final_tyings(alike, colours)
+        blocks.append(show(f"final_tyings_{num_layers}_layers", final, caption))
+        for group in alike:
+            run = group.runs[0]
+            if run.is_dynamic:
+                seed = f", seed {run.config.get('seed')}" if len(group.runs) > 1 else ""
+                caption = (
+                    f"{group.label}{seed}. A column is the tying after a decision (0: the start), "
+                    "a colour is an owner: cells of one colour in a column share one set of "
+                    "weights. A stroke runs through a layer while it is independent."
+                )
+                figure = figures.draw_tying(run, colours)
+                blocks.append(show(f"tying_{_slug(group, groups)}", figure, caption))
+    return blocks
+
+
+def _independence(groups: list[RunGroup], show: Show) -> list[str]:
+    return [
+        show(
+            f"independence_{_slug(group, groups)}",
+            figures.draw_independence(group),
+            f"{group.title}. The darker, the larger the share of decisions that left the layer "
+            "independent. Right: over the whole run, with a mark where uniformly random decisions "
+            "would be, 1 in i + 1 for layer i.",
+        )
+        for group in groups
+        if all(run.is_dynamic for run in group.runs)
+    ]
+
+
+def _q_values(groups: list[RunGroup], show: Show) -> list[str]:
+    """The Q-network of the first run that recorded it."""
+    runs = [(group, run) for group in groups for run in group.runs]
+    for group, run in runs:
+        if any(line.get("q") for line in run.decisions):
+            caption = (
+                f"{group.label}, seed {run.config.get('seed')}. The Q-network’s matrix: row i "
+                "holds the expected return of each choice of layer i; darker is better, on a scale "
+                "of its own. A dot marks the best choice; on the diagonal the layer "
+                "is independent."
+            )
+            return [show("q_values", figures.draw_q(run), caption)]
+    return []
+
+
+def _memory(groups: list[RunGroup], show: Show) -> list[str]:
+    measured = [group for group in groups if len(curve(group, "model_state_bytes")[0])]
+    if not measured:
+        return []
+    caption = (
+        "Model state by component: mean over the logged steps and, paler, the largest. Activations "
+        "are not part of it, and tying does not make them smaller."
+    )
+    return [show("memory", figures.draw_memory(measured), caption)]
+
+
+def _beside_the_paper(groups: list[RunGroup]) -> list[str]:
+    table = tables.beside_the_paper(groups)
+    return [page.table(*table), page.note(PAPER_NOTE)] if table else []
+
+
+def _common_configuration(groups: list[RunGroup]) -> dict[str, object]:
+    """The settings that are the same in all runs."""
+    configs = [run.config for group in groups for run in group.runs]
+    return {
+        key: value
+        for key, value in configs[0].items()
+        if key not in REPETITION_KEYS and all(other.get(key) == value for other in configs)
+    }
+
+
+def _configuration(groups: list[RunGroup]) -> str:
+    """Common settings, and what the runs say of the machine; folded away."""
+    known = _common_configuration(groups)
+    summaries = [run.summary for group in groups for run in group.runs if run.summary]
+    for key in ("hardware", "versions"):
+        values = [summary[key] for summary in summaries if key in summary]
+        if values and all(value == values[0] for value in values):
+            known[key] = values[0]
+    rows = [
+        [key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+        for key, value in known.items()
+        if value is not None
+    ]
+    heads = [("", "setting"), ("", "value")]
+    return page.details("What all runs have in common", page.table(heads, rows, kind="left"))
+
+
+def _slug(group: RunGroup, groups: list[RunGroup]) -> str:
+    """The group's label as part of a file name, numbered where two labels are the same."""
+    name = re.sub(r"[^a-z0-9]+", "-", group.label.lower()).strip("-") or "run"
+    alike = [other for other in groups if other.label == group.label]
+    return name if len(alike) == 1 else f"{name}-{alike.index(group) + 1}"

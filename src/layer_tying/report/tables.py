@@ -1,0 +1,232 @@
+"""The comparison of runs, and the paper's table with this project's rows beside it.
+
+A table is (heads, rows): heads are pairs of a heading, which neighbouring columns may share, and
+the column's own name; rows are lists of text. The page and the terminal show the same cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layer_tying.report.formats import (
+    format_bytes,
+    format_number,
+    format_percent,
+    format_scaled,
+    format_times,
+)
+from layer_tying.report.runs import (
+    Run,
+    RunGroup,
+    Spread,
+    conventional_for,
+    group_runs,
+    numbers,
+    spread,
+)
+
+Table = tuple[list[tuple[str, str]], list[list[str]]]
+
+TERMINAL_WIDTH = 100
+RATIO = "seconds_per_step over conventional"
+
+# As published for GPT-2 of 48 layers of width 1,600 on WikiText-2. What is not here is not known.
+PAPER_ROWS = {
+    "conventional": {"test_perplexity": 53.57, "peak_memory_bytes": 12_566.66e6},
+    "dynamic": {"test_perplexity": 49.37, "peak_memory_bytes": 4_514.31e6},
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the comparison: its names, the number it shows, and how that is written."""
+
+    heading: str  # over neighbouring columns of the page that share it
+    name: str
+    short: str  # its name in the terminal
+    key: str  # in `runs.numbers`, or RATIO
+    write: Callable[[float, float], str]
+    rank: int  # in the terminal, where not all columns fit, those of high rank go first
+
+
+def _three_digits(value: float, sd: float = math.nan) -> str:
+    return format_number(value, sd, digits=3)
+
+
+def _whole(value: float, sd: float = math.nan) -> str:
+    is_whole = not math.isfinite(sd) and float(value).is_integer()
+    return format_number(value, sd, digits=0 if is_whole else 1)
+
+
+def _megabytes(value: float, sd: float = math.nan) -> str:
+    text = format_number(value / 1e6, sd / 1e6, digits=2)
+    return f"{text} MB" if math.isfinite(value) else text
+
+
+# fmt: off
+OUTCOME = (
+    Column("perplexity", "validation", "val. ppl", "validation_perplexity", format_number, 0),
+    Column("perplexity", "test", "test ppl", "test_perplexity", format_number, 10),
+    Column("", "bits per byte", "bits/byte", "bits_per_byte", _three_digits, 6),
+    Column("", "accuracy", "accuracy", "accuracy", format_percent, 1),
+    Column("independent layers", "mean", "indep.", "independent_layers_mean", format_number, 2),
+    Column("independent layers", "end", "end", "independent_layers_end", _whole, 8),
+    Column("independent layers", "of", "of", "num_layers", _whole, 11),
+    Column("trainable parameters", "mean", "params", "trainable_parameters_mean", format_scaled, 3),
+    Column("trainable parameters", "end", "at end", "trainable_parameters_end", format_scaled, 13),
+    Column("trainable parameters", "of conv.", "share", "share_of_conventional", format_percent, 4),
+)
+COST = (
+    Column("model state", "mean", "state", "model_state_bytes_mean", format_bytes, 5),
+    Column("model state", "peak", "its peak", "model_state_bytes_peak", format_bytes, 12),
+    Column("", "peak memory", "memory", "peak_memory_bytes", format_bytes, 14),
+    Column("time a step", "seconds", "s/step", "seconds_per_step", _three_digits, 7),
+    Column("time a step", "of conv.", "time", RATIO, format_times, 9),
+    Column("", "deciding", "deciding", "decision_overhead", format_percent, 15),
+)
+QUALITY = ("validation_perplexity", "test_perplexity", "bits_per_byte", "accuracy")
+PAPER_COLUMNS = (
+    ("", "perplexity", "test_perplexity", format_number),
+    ("trainable parameters", "mean", "trainable_parameters_mean", format_scaled),
+    ("trainable parameters", "end", "trainable_parameters_end", format_scaled),
+    ("independent layers", "mean", "independent_layers_mean", format_number),
+    ("independent layers", "end", "independent_layers_end", _whole),
+    ("memory", "peak", "peak_memory_bytes", _megabytes),
+    ("memory", "mean", "model_state_bytes_mean", _megabytes),
+)
+# fmt: on
+
+
+def comparison(groups: Sequence[RunGroup], columns: Sequence[Column]) -> Table:
+    """The columns of OUTCOME or COST, without those that hold nothing; a row a group."""
+    columns = _telling_columns(groups, columns)
+    heads = [("", "run"), *((column.heading, column.name) for column in columns)]
+    rows = [
+        [marked_title(group), *(_cell(column, group, groups) for column in columns)]
+        for group in groups
+    ]
+    return heads, rows
+
+
+def comparison_table(runs: Sequence[Run]) -> str:
+    """The comparison as a Markdown table of at most 100 columns, a row for a run or its seeds.
+
+    Columns that tell nothing are left out, then those of least interest until the table fits.
+    """
+    groups = group_runs(runs)
+    columns = _telling_columns(groups, OUTCOME + COST)
+    while True:
+        lines = _markdown(groups, columns)
+        if len(lines[0]) <= TERMINAL_WIDTH or len(columns) < 2:
+            return "\n".join(lines)
+        columns.remove(max(columns, key=lambda column: column.rank))
+
+
+def beside_the_paper(groups: Sequence[RunGroup]) -> Table | None:
+    """The published rows, then conventional and dynamic runs on text; None where there are none."""
+    ours = [
+        group
+        for group in groups
+        if group.runs[0].policy in ("none", "dqn")
+        and math.isfinite(spread(group, "validation_perplexity").mean)
+        and not math.isfinite(spread(group, "accuracy").mean)
+    ]
+    if not ours:
+        return None
+    heads = [("", "run"), *((heading, name) for heading, name, *_ in PAPER_COLUMNS)]
+    rows = []
+    for name, known in PAPER_ROWS.items():
+        cells = [write(known.get(key, math.nan), math.nan) for *_, key, write in PAPER_COLUMNS]
+        rows.append([f"paper: {name}", *cells])
+    for group in ours:
+        cells = [_written(spread(group, key), write) for *_, key, write in PAPER_COLUMNS]
+        rows.append([f"here: {marked_title(group)}", *cells])
+    return heads, rows
+
+
+def run_list(groups: Sequence[RunGroup]) -> Table:
+    """Where each run lies and how far it got."""
+    names = ("folder", "run", "seed", "steps", "tokens", "decisions", "events", "state")
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            reached = numbers(run)
+            events = sum(line.get("event") is not None for line in run.decisions)
+            rows.append([
+                run.path.name,
+                group.label,
+                str(run.config.get("seed", "—")),
+                format_number(reached.get("steps", math.nan), digits=0),
+                format_scaled(reached.get("tokens", math.nan)),
+                str(len(run.decisions) - 1),
+                str(events),
+                "unfinished" if run.summary is None else "finished",
+            ])  # fmt: skip
+    return [("", name) for name in names], rows
+
+
+def marked_title(group: RunGroup) -> str:
+    """The group's title, saying so where runs are unfinished."""
+    if not group.num_unfinished:
+        return group.title
+    if len(group.runs) == 1:
+        return f"{group.title}, unfinished"
+    return f"{group.title}, {group.num_unfinished} unfinished"
+
+
+def value_of(key: str, group: RunGroup, groups: Sequence[RunGroup]) -> Spread:
+    """One number of a group, over its seeds; relative ones by the conventional run among groups."""
+    if key == RATIO:
+        time, baseline = spread(group, "seconds_per_step"), conventional_for(group, groups)
+        unit = spread(baseline, "seconds_per_step").mean if baseline else math.nan
+        return Spread(time.mean / unit, time.sd / unit) if unit else Spread(math.nan, math.nan)
+    found = spread(group, key)
+    if key == "share_of_conventional" and not math.isfinite(found.mean):
+        trained, baseline = (
+            spread(group, "trainable_parameters_mean"),
+            conventional_for(group, groups),
+        )
+        unit = spread(baseline, "trainable_parameters_mean").mean if baseline else math.nan
+        return Spread(trained.mean / unit, trained.sd / unit)
+    return found
+
+
+def _cell(column: Column, group: RunGroup, groups: Sequence[RunGroup]) -> str:
+    return _written(value_of(column.key, group, groups), column.write)
+
+
+def _written(value: Spread, write: Callable[[float, float], str]) -> str:
+    """The value with its spread, unless all seeds agree, as those of a static policy do."""
+    return write(value.mean, value.sd if value.sd > 1e-9 * abs(value.mean) else math.nan)
+
+
+def _telling_columns(groups: Sequence[RunGroup], columns: Sequence[Column]) -> list[Column]:
+    """The columns that some group has a number for; L only where it differs."""
+    depths = {group.runs[0].num_layers for group in groups}
+    return [
+        column
+        for column in columns
+        if any(math.isfinite(value_of(column.key, group, groups).mean) for group in groups)
+        and (column.key != "num_layers" or len(depths) > 1)
+    ]
+
+
+def _markdown(groups: Sequence[RunGroup], columns: Sequence[Column]) -> list[str]:
+    """Lines of equal length; only quality is given with its spread, for width."""
+    rows = [["run", *(column.short for column in columns)]]
+    for group in groups:
+        row = [marked_title(group).replace("|", "/")]
+        for column in columns:
+            value = value_of(column.key, group, groups)
+            sd = value.sd if column.key in QUALITY else math.nan
+            row.append(column.write(value.mean, sd))
+        rows.append(row)
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        for row in (rows[0], rule, *rows[1:])
+    ]
+    return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,0 +1,532 @@
+"""The report: numbers against hand-worked values, pages and figures of every kind of run."""
+
+import ast
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.image import imread
+
+from layer_tying import report
+from layer_tying.errors import InputError
+from layer_tying.report import comparison_table, figures, read_run, tables, write_report
+from layer_tying.report.runs import curve, group_runs, numbers, spread
+
+LAYER_PARAMETERS, OTHER_PARAMETERS = 1000, 500
+CHROMIUM = shutil.which("chromium")
+
+
+# Run folders in the format that training writes.
+
+
+def resolve(action):
+    state = []
+    for layer, owner in enumerate(action):
+        state.append(layer if owner == layer else state[owner])
+    return state
+
+
+def random_decisions(policy, num_layers, num_decisions, every, rng):
+    """A decision a line: of `random`, uniform; of `dqn`, ever more those of a drifting Q."""
+    layers = range(num_layers)
+    q = rng.normal(size=(num_layers, num_layers)).cumsum(axis=0) * 0.2 - 3
+    epsilon = 1.0
+    for index in range(num_decisions):
+        q += rng.normal(size=q.shape) * 0.1
+        greedy = [int(q[layer, : layer + 1].argmax()) for layer in layers]
+        uniform = [int(rng.integers(layer + 1)) for layer in layers]
+        explores = rng.random(num_layers) < (epsilon if policy == "dqn" else 1)
+        action = np.where(explores, uniform, greedy).tolist()
+        line = {"step": (index + 1) * every, "action": action, "state": resolve(action)}
+        line |= {"reward": -5.0, "epsilon": epsilon}
+        if policy == "dqn" and index % max(1, num_decisions // 4) == 0:
+            line["q"] = [q[layer, : layer + 1].tolist() for layer in layers]
+        yield line
+        epsilon = max(0.95 * epsilon, 0.1)
+
+
+def decisions_of(policy, num_layers, num_decisions, every, rng):
+    initial = {"none": range(num_layers), "cycle": [layer % 3 for layer in range(num_layers)]}
+    state = list(initial.get(policy, [0] * num_layers))
+    first = {"step": 0, "action": None, "state": state, "reward": None, "epsilon": None}
+    if policy not in ("dqn", "random"):
+        return [first]
+    return [first, *random_decisions(policy, num_layers, num_decisions, every, rng)]
+
+
+def metrics_of(decisions, num_steps, images, base, rng):
+    metrics, current = [], 0
+    for step in range(5, num_steps + 1, 5):
+        while current + 1 < len(decisions) and decisions[current + 1]["step"] <= step:
+            current += 1
+        independent = len(set(decisions[current]["state"]))
+        parameters = independent * LAYER_PARAMETERS + OTHER_PARAMETERS
+        loss = float(math.log(base) + 4 * math.exp(-6 * step / num_steps) + rng.normal() * 0.05)
+        line = {"step": step, "tokens": step * 1000, "seconds": step * 0.1 + 3, "loss": loss}
+        line |= {"learning_rate": 1e-3, "independent_layers": independent}
+        line |= {"trainable_parameters": parameters, "parameter_bytes": 4 * parameters}
+        line |= {"gradient_bytes": 4 * parameters, "moment_bytes": 8 * parameters}
+        line |= {"model_state_bytes": 16 * parameters, "peak_memory_bytes": 10**6 + step}
+        if step % (num_steps // 50 * 5) == 0 or step == num_steps:
+            line["validation_perplexity"] = math.exp(loss)
+            line["validation_bits_per_byte"] = loss / 4
+            if images:
+                line["validation_accuracy"] = 0.9 - 0.6 * math.exp(-4 * step / num_steps)
+                del line["validation_bits_per_byte"]
+        metrics.append(line)
+    return metrics
+
+
+def summary_of(config, num_layers, metrics):
+    last = metrics[-1]
+    mean = {key: float(np.mean([line[key] for line in metrics])) for key in metrics[0]}
+    summary = {key: config[key] for key in ("policy", "family", "dataset", "seed")}
+    summary |= {"steps": last["step"], "tokens": last["tokens"], "num_layers": num_layers}
+    summary |= {"validation_perplexity": last["validation_perplexity"]}
+    summary |= {"test_perplexity": last["validation_perplexity"] * 1.01}
+    summary |= {
+        "independent_layers_mean": mean["independent_layers"],
+        "independent_layers_end": last["independent_layers"],
+        "trainable_parameters_mean": mean["trainable_parameters"],
+        "trainable_parameters_end": last["trainable_parameters"],
+        "conventional_parameters": num_layers * LAYER_PARAMETERS + OTHER_PARAMETERS,
+        "model_state_bytes_mean": mean["model_state_bytes"],
+        "model_state_bytes_peak": max(line["model_state_bytes"] for line in metrics),
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "seconds_per_step": 0.1 if config["policy"] == "none" else 0.12,
+        "decision_overhead": 0.0 if config["policy"] == "none" else 0.04,
+    }
+    if "validation_accuracy" in last:
+        return summary | {"accuracy": last["validation_accuracy"]}
+    return summary | {"bits_per_byte": last["validation_bits_per_byte"]}
+
+
+def write_run(
+    folder: Path, policy="dqn", num_layers=8, seed=0, *, num_decisions=24, every=10, images=False,
+    finished=True, base=50.0, summary=None, **config,
+) -> Path:  # fmt: skip
+    """A run folder; `summary` replaces some of its numbers."""
+    rng = np.random.default_rng([seed, num_layers, len(policy)])
+    family, dataset = ("vit", "digits") if images else ("gpt2", "wiki2")
+    shared = {"policy": policy, "family": family, "dataset": dataset, "nlayers": num_layers}
+    config = {**shared, "every": every, "seed": seed, "exp": folder.name, **config}
+    decisions = decisions_of(policy, num_layers, num_decisions, every, rng)
+    metrics = metrics_of(decisions, num_decisions * every, images, base, rng)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "tying.jsonl", decisions)
+    if finished:
+        found = summary_of(config, num_layers, metrics) | (summary or {})
+        (folder / "summary.json").write_text(json.dumps(found))
+    return folder
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tear(path):
+    """What a kill in the middle of a write leaves."""
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+# Reading.
+
+
+def test_run_reads_back_and_a_torn_last_line_is_skipped(tmp_path):
+    folder = write_run(tmp_path / "run", num_decisions=24, finished=False)
+    whole = read_run(folder)
+    assert len(whole.decisions) == 25 and whole.states.shape == (25, 8)
+    assert whole.summary is None
+    for name in ("metrics.jsonl", "tying.jsonl"):
+        tear(folder / name)
+    torn = read_run(folder)
+    assert torn.metrics == whole.metrics[:-1]
+    assert torn.decisions == whole.decisions[:-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda run: (run / "tying.jsonl").unlink(), "lacks tying.jsonl"),
+        (lambda run: (run / "config.json").write_text("[1]"), "found list"),
+        (lambda run: (run / "config.json").write_bytes(b"\xff{"), "cannot be read as JSON"),
+        (lambda run: (run / "summary.json").write_text('{"a'), "cannot be read as JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"st\n{}\n'), "line 1 is not JSON"),
+        (lambda run: (run / "tying.jsonl").write_text(""), "holds no tying"),
+        (lambda run: (run / "tying.jsonl").write_text("{}\n"), "line 1 has no state"),
+        (lambda run: (run / "tying.jsonl").write_text('{"state": [0, 2]}\n'), "owner above"),
+        (lambda run: write_lines(run / "tying.jsonl", [{"state": [0, 0], "q": [[1]]}]), "a q"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, damage, says):
+    folder = write_run(tmp_path / "run")
+    damage(folder)
+    with pytest.raises(InputError, match=says) as caught:
+        read_run(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_an_unfinished_run_counts_as_far_as_it_got(tmp_path):
+    folder = write_run(tmp_path / "run", finished=False)
+    lines = [
+        {"step": 10, "tokens": 100, "seconds": 5.0, "independent_layers": 8, "loss": None,
+         "trainable_parameters": 900, "model_state_bytes": 4000, "validation_perplexity": 80.0},
+        {"step": 30, "tokens": 300, "seconds": 9.0, "independent_layers": 2,
+         "trainable_parameters": 300, "model_state_bytes": 1000, "validation_perplexity": None},
+    ]  # fmt: skip
+    write_lines(folder / "metrics.jsonl", lines)
+    found = numbers(read_run(folder))
+    expected = {"steps": 30, "validation_perplexity": 80, "independent_layers_mean": 5,
+                "independent_layers_end": 2, "trainable_parameters_mean": 600,
+                "model_state_bytes_mean": 2500, "model_state_bytes_peak": 4000,
+                "seconds_per_step": 0.2}  # fmt: skip
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert math.isnan(found.get("test_perplexity", math.nan))
+
+
+# Groups, curves and tables.
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
+    folders = [
+        write_run(tmp_path / "b", "dqn", seed=2, output_dir="x"),
+        write_run(tmp_path / "a", "dqn", seed=1, output_dir="y"),
+        write_run(tmp_path / "c", "dqn", seed=1, every=20),
+        write_run(tmp_path / "d", "none"),
+    ]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [group.title for group in groups] == [
+        "conventional", "dynamic · every=10 (2 seeds)", "dynamic · every=20",
+    ]  # fmt: skip
+    assert [run.path.name for run in groups[1].runs] == ["a", "b"]
+
+
+def test_curves_are_means_over_seeds_on_the_tokens_all_have_reached(tmp_path):
+    for seed, losses in enumerate(([1, 2, 6], [3, 4, 8])):
+        folder = write_run(tmp_path / str(seed), seed=seed)
+        lines = [{"tokens": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
+        write_lines(folder / "metrics.jsonl", lines)
+    (group,) = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    tokens, mean, sd = curve(group, "loss")
+    assert tokens.tolist() == [0, 10, 20] and mean.tolist() == [2, 3, 7]
+    assert sd == pytest.approx([math.sqrt(2)] * 3)
+
+    long = [{"tokens": i, "loss": 2 * i} for i in range(1001)]
+    write_lines(tmp_path / "0" / "metrics.jsonl", long)
+    write_lines(tmp_path / "1" / "metrics.jsonl", long[:601])
+    (group,) = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    tokens, mean, _ = curve(group, "loss")
+    assert len(tokens) <= 120 and tokens.max() <= 600
+    assert mean == pytest.approx(2 * tokens, abs=6)  # windows of five tokens
+
+
+def cells(table):
+    heads, rows = table
+    names = [f"{heading} {name}".strip() for heading, name in heads]
+    return {row[0]: dict(zip(names[1:], row[1:], strict=True)) for row in rows}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Three dynamic seeds and a conventional run, with numbers one can work out by hand."""
+    common = {"conventional_parameters": 1_000_000, "bits_per_byte": 1.5}
+    folders = [
+        write_run(tmp_path / f"dqn{seed}", seed=seed, summary={
+            **common, "validation_perplexity": perplexity, "test_perplexity": 20.0,
+            "trainable_parameters_mean": 250_000, "independent_layers_end": end,
+            "model_state_bytes_mean": 4_000_000, "seconds_per_step": seconds,
+            "peak_memory_bytes": 12_345_678,
+        })
+        for seed, perplexity, end, seconds in [(0, 10, 2, 0.2), (1, 12, 3, 0.3), (2, 14, 4, 0.4)]
+    ]  # fmt: skip
+    numbers = {**common, "validation_perplexity": 11.0, "seconds_per_step": 0.2}
+    folders.append(write_run(tmp_path / "none", "none", summary=numbers))
+    return [read_run(folder) for folder in folders]
+
+
+def test_the_comparison_holds_the_numbers_worked_out_by_hand(compared):
+    groups = group_runs(compared)
+    outcome, cost = (
+        cells(tables.comparison(groups, part)) for part in (tables.OUTCOME, tables.COST)
+    )
+    dynamic = outcome["dynamic (3 seeds)"]
+    assert dynamic["perplexity validation"] == "12.00 ± 2.00"
+    assert dynamic["perplexity test"] == "20.00"
+    assert dynamic["independent layers end"] == "3.0 ± 1.0"
+    assert dynamic["trainable parameters mean"] == "250 k"
+    assert dynamic["trainable parameters of conv."] == "25.0 %"
+    assert "accuracy" not in dynamic and "independent layers of" not in dynamic
+    dynamic = cost["dynamic (3 seeds)"]
+    assert dynamic["model state mean"] == "4.00 MB"
+    assert dynamic["peak memory"] == "12.3 MB"
+    assert dynamic["time a step seconds"] == "0.300 ± 0.100"
+    assert dynamic["time a step of conv."] == "1.50 ± 0.50 ×"
+    assert dynamic["deciding"] == "4.0 %"
+    assert cost["conventional"]["time a step of conv."] == "1.00 ×"
+
+
+def test_the_terminal_table_has_the_same_numbers_and_fits(compared):
+    lines = comparison_table(compared).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    assert found["dynamic (3 seeds)"]["val. ppl"] == "12.00 ± 2.00"
+    assert found["dynamic (3 seeds)"]["share"] == "25.0 %"
+    assert found["conventional"]["val. ppl"] == "11.00"
+
+
+def test_the_papers_rows_stand_as_published_and_nothing_is_invented(compared):
+    table = cells(tables.beside_the_paper(group_runs(compared)))
+    conventional, dynamic = table["paper: conventional"], table["paper: dynamic"]
+    assert (conventional["perplexity"], dynamic["perplexity"]) == ("53.57", "49.37")
+    assert conventional["memory peak"] == "12,566.66 MB" and dynamic["memory peak"] == "4,514.31 MB"
+    for row in (conventional, dynamic):
+        assert [value for key, value in row.items() if "layers" in key or "param" in key] == [
+            "—"
+        ] * 4
+        assert row["memory mean"] == "—"
+    ours = table["here: dynamic (3 seeds)"]
+    assert ours["perplexity"] == "20.00" and ours["memory peak"] == "12.35 MB"
+
+
+def test_unfinished_runs_are_marked_and_do_not_blur_finished_seeds(tmp_path):
+    write_run(tmp_path / "a", seed=0, summary={"validation_perplexity": 10.0})
+    write_run(tmp_path / "b", seed=1, finished=False)
+    (group,) = group_runs([read_run(tmp_path / "a"), read_run(tmp_path / "b")])
+    assert tables.marked_title(group) == "dynamic (2 seeds), 1 unfinished"
+    assert spread(group, "validation_perplexity").mean == 10
+    (alone,) = group_runs([read_run(tmp_path / "b")])
+    assert tables.marked_title(alone) == "dynamic, unfinished"
+    assert math.isfinite(spread(alone, "validation_perplexity").mean)
+
+
+# Figures.
+
+
+def luminance(colours):
+    return colours[:, :3] @ np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("num_layers", [8, 48])
+def test_owners_differ_in_lightness_and_most_where_most_is_owned(tmp_path, num_layers):
+    run = read_run(write_run(tmp_path / "run", "random", num_layers, num_decisions=200))
+    lightness = luminance(figures.owner_colours([run]))
+    assert (np.diff(lightness) < 0).all()
+    # The first four owners own most under random decisions: they are far apart at any depth.
+    assert (np.diff(lightness[:4]) < -0.05).all()
+
+
+def test_the_tying_is_drawn_as_decided(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    colours = figures.owner_colours([run])
+    axes = figures.draw_tying(run, colours).axes[0]
+    image = axes.images[0].get_array()
+    assert image.shape[:2] == (8, 25)
+    np.testing.assert_allclose(image, colours[run.states.T])
+    for layer, strokes in enumerate(axes.collections):
+        spans = [segment[:, 0] for segment in strokes.get_segments()]
+        stroked = [column for a, b in spans for column in range(round(a), round(b) + 1)]
+        assert stroked == np.flatnonzero(run.states[:, layer] == layer).tolist()
+
+
+def test_independence_is_the_share_of_decisions_and_of_seeds(tmp_path):
+    states = [[[0, 1], [0, 0], [0, 0], [0, 0]], [[0, 1], [0, 1], [0, 1], [0, 0]]]
+    for seed, after in enumerate(states):
+        folder = write_run(tmp_path / str(seed), num_layers=2, seed=seed)
+        write_lines(folder / "tying.jsonl", [{"state": state} for state in [[0, 0], *after]])
+    (group,) = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    axes = figures.draw_independence(group).axes
+    assert axes[0].images[0].get_array().tolist() == [[1.0], [0.5]]  # four decisions: one window
+    assert [bar.get_width() for bar in axes[1].patches] == [1.0, 0.5]
+    assert axes[1].lines[0].get_xdata().tolist() == [1.0, 0.5]  # random decisions: 1 / (i + 1)
+
+
+def test_q_is_drawn_lower_triangular_with_its_greedy_choices(tmp_path):
+    run = read_run(write_run(tmp_path / "run", num_layers=5))
+    first = next(line["q"] for line in run.decisions if "q" in line)
+    axes = figures.draw_q(run).axes[0]
+    matrix = np.ma.filled(axes.images[0].get_array(), np.nan)
+    assert np.isnan(matrix[np.triu_indices(5, 1)]).all()
+    assert [matrix[i, : i + 1].tolist() for i in range(5)] == first
+    greedy = axes.collections[0].get_offsets()
+    assert greedy.tolist() == [[np.argmax(row), i] for i, row in enumerate(first)]
+
+
+def test_memory_bars_are_means_and_the_largest_moment(tmp_path):
+    folder = write_run(tmp_path / "run")
+    sizes = [(100, 200, 300), (10, 20, 30)]
+    names = ("parameter_bytes", "gradient_bytes", "moment_bytes")
+    lines = [
+        {"tokens": i, **dict(zip(names, size, strict=True)), "model_state_bytes": sum(size)}
+        for i, size in enumerate(sizes)
+    ]
+    write_lines(folder / "metrics.jsonl", lines)
+    axes = figures.draw_memory(group_runs([read_run(folder)])).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [55, 110, 165, 100, 200, 300]
+
+
+# The page.
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects ids, references, text and what could load anything."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.references, self.tags, self.text = [], [], [], set(), []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "xlink:href", "src", "srcset", "data", "action"):
+                self.references.append(value)
+            self.references += re.findall(r"url\(['\"]?([^)'\"]*)", value or "")
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A page over policies, seeds, depths, images, an unfinished run and hostile names."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = [write_run(folder / "none", "none", 12), write_run(folder / "cycle", "cycle", 12)]
+    runs += [write_run(folder / f"dqn{seed}", "dqn", 12, seed) for seed in range(3)]
+    runs += [write_run(folder / "deep", "random", 48, num_decisions=700, every=2)]
+    runs += [write_run(folder / "vit", "dqn", 8, images=True)]
+    runs += [write_run(folder / "odd", "dqn", 8, dataset="a/<u>$x$ & \"'|co", finished=False)]
+    tear(runs[-1] / "metrics.jsonl")
+    written = write_report(runs, folder / "out" / "report.html")
+    return written, Page(written[0].read_text("utf-8"))
+
+
+def test_the_page_is_whole_and_refers_to_nothing_outside(everything):
+    written, page = everything
+    assert len(page.ids) == len(set(page.ids))
+    for reference in page.references:
+        assert reference.startswith("data:image/png;base64,") or reference[1:] in page.ids
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "img", "base"}
+    html = written[0].read_text("utf-8")
+    assert not re.search(r"https?:|@import|//www", html)
+    text = "".join(page.text)
+    assert "unfinished" in text and "53.57" in text and "88.9 %" in text
+    assert "<u>$x$ & \"'|co" in text  # shown as it is, not taken for markup or mathematics
+    assert "u" not in page.tags
+
+
+def test_every_figure_is_there_as_svg_and_png(everything):
+    written, _ = everything
+    assert written[0].name == "report.html" and all(path.is_file() for path in written)
+    names = {path.stem for path in written[1:]}
+    assert names >= {
+        "final_tyings_8_layers", "final_tyings_12_layers", "final_tyings_48_layers",
+        "validation_perplexity", "validation_accuracy", "loss", "independent_layers",
+        "model_state_bytes", "memory", "q_values",
+    }  # fmt: skip
+    assert sum(name.startswith("tying_") for name in names) == 4
+    assert sum(name.startswith("independence_") for name in names) == 4
+    for path in written[1:]:
+        assert path.parent == written[0].with_name("report_figures")
+        if path.suffix == ".png":
+            assert imread(path).std() > 0.02, path
+        else:
+            assert path.read_text("utf-8").startswith("<?xml")
+    assert {path.suffix for path in written[1:]} == {".svg", ".png"}
+
+
+def test_a_run_without_a_logged_line_still_gets_a_page(tmp_path):
+    run = write_run(tmp_path / "run", finished=False)
+    (run / "metrics.jsonl").write_text("")
+    write_lines(run / "tying.jsonl", [{"step": 0, "state": [0] * 8}])
+    before = dict(rcParams)
+    written = write_report([run, run], tmp_path / "report.html")
+    assert dict(rcParams) == before
+    assert [path.stem for path in written[1:]] == ["final_tyings_8_layers"] * 2
+    text = "".join(Page(written[0].read_text("utf-8")).text)
+    assert "1 run: dynamic (1 unfinished)" in text  # one folder twice is one run, not two seeds
+
+
+def test_what_cannot_be_reported_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="at least one"):
+        write_report([], tmp_path / "report.html")
+    run = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write") as caught:
+        write_report([run], tmp_path / "file" / "report.html")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_report_needs_no_torch_and_no_global_figures():
+    for path in Path(report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in {"numpy", "matplotlib"} or top in sys.stdlib_module_names or (
+                    name == "layer_tying.errors" or name.startswith("layer_tying.report")
+                ), f"{path.name} imports {name}"  # fmt: skip
+                assert "pyplot" not in name
+
+
+def browse(page: Path, folder: Path):
+    """Open the page in headless Chromium: pixels, console lines, and what the page asked for."""
+    profile, picture, log = folder / "profile", folder / "picture.png", folder / "net.json"
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={log}",
+         "--window-size=1100,1600", f"--screenshot={picture}", page.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    asked = [
+        event["params"]["url"]
+        for event in json.loads(log.read_text("utf-8"))["events"]
+        # The browser's own errands have no origin; a page from a file has the origin "null".
+        if event.get("params", {}).get("initiator", "not an origin") != "not an origin"
+    ]
+    return imread(picture), console, asked
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_page_opens_in_a_browser_without_a_network(everything, tmp_path):
+    written, _ = everything
+    pixels, console, asked = browse(written[0], tmp_path / "report")
+    assert pixels.shape[:2] == (1600, 1100) and pixels[..., :3].std() > 0.05
+    assert len(np.unique((pixels[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 200
+    assert console == []
+    assert not [url for url in asked if not url.startswith("data:")]
+
+    # The same look at a page that does reach out, so that the above is known to see it.
+    other = tmp_path / "other.html"
+    other.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("seen")</script>')
+    _, console, asked = browse(other, tmp_path / "other")
+    assert console and asked == ["http://127.0.0.1:9/x.png"]
