@@ -80,7 +80,12 @@ def llama(num_layers: int = 6) -> transformers.LlamaForCausalLM:
 
 def t5() -> transformers.T5ForConditionalGeneration:
     config = transformers.T5Config(
-        num_layers=3, num_decoder_layers=3, d_model=16, d_kv=8, d_ff=32, num_heads=2,
+        num_layers=3,
+        num_decoder_layers=3,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_heads=2,
         vocab_size=40,
         decoder_start_token_id=0,
     )

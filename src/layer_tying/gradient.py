@@ -1,64 +1,61 @@
 """The gradient mode ``owner``: a shared weight learns from its owner's position alone.
 
-Tied positions run on detached weights, so autograd saves nothing for their weight gradients and
-computes none; the gradient with respect to the activations still flows through them. This is what
-the published code did (its tied copies are frozen).
+The modules of a tied layer read their shared weights detached from the graph: autograd saves
+nothing for their weight gradients and computes none, while the gradient with respect to the
+activations still flows through them. This is what the published code did (its tied copies are
+frozen).
+
+A weight is detached where it is read: the module's class is exchanged for a subclass in which the
+weight is a property (``torch.nn.utils.parametrize`` works likewise). Unlike hooks that detach
+weights while a layer runs, this leaves nothing to restore when a layer raises, sees the recomputed
+forward pass of gradient checkpointing, and gives compiled blocks two graphs, an owner's and a tied
+layer's. ``module.parameters()`` and ``state_dict()`` go on showing the parameters themselves;
+``module._parameters[name]`` is the way to read one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import nn
 
-from layer_tying.find import LayerStack, Slot
+from layer_tying.find import Slot
+
+_plain_class: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def use_only_the_owners_gradient(stack: LayerStack, is_owner: Callable[[int], bool]) -> None:
-    """Detach, while a layer runs that ``is_owner`` denies, the weights it shares.
-
-    The hooks sit on the parts of a layer (its attention, its feed-forward network), not on the
-    layer: under gradient checkpointing a layer's parts run again in the backward pass, inside the
-    checkpoint, and must see the same detached weights.
-    """
-    for layer, block in enumerate(stack.blocks):
-        slots = set(stack.slots[layer].values())
-        for part in _parts(block):
-            own = [(m, a) for m in part.modules() for a in m._parameters if (m, a) in slots]
-            _detach_while_running(part, own, lambda layer=layer: is_owner(layer))
-        direct = [
-            (block, attribute) for attribute in block._parameters if (block, attribute) in slots
-        ]
-        _detach_while_running(block, direct, lambda layer=layer: is_owner(layer))
+def read_as_they_are(slots: Iterable[Slot]) -> None:
+    """Make modules read their weights with gradient again."""
+    for module, _ in slots:
+        module.__class__ = _plain_class.get(type(module), type(module))
 
 
-def _parts(block: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules inside a block that are called (a list of modules is not)."""
-    for child in block.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _parts(child)
-        else:
-            yield child
+def read_detached(slots: Iterable[Slot]) -> None:
+    """Make modules read these of their weights without gradient."""
+    attributes: dict[nn.Module, list[str]] = {}
+    for module, attribute in slots:
+        attributes.setdefault(module, []).append(attribute)
+    read_as_they_are((module, "") for module in attributes)
+    for module, names in attributes.items():
+        module.__class__ = _detaching(type(module), tuple(names))
 
 
-def _detach_while_running(part: nn.Module, slots: list[Slot], is_owner: Callable[[], bool]) -> None:
-    if not slots:
-        return
-    held: list[nn.Parameter] = []
+@cache
+def _detaching(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """One subclass for all modules alike, so that compiled code is shared between them."""
+    body = {name: _detached_weight(name) for name in names}
+    derived = type(plain.__name__, (plain,), {"__module__": plain.__module__, **body})
+    derived.__qualname__ = plain.__qualname__
+    _plain_class[derived] = plain
+    return derived
 
-    def detach(_part: nn.Module, _inputs: object) -> None:
-        if torch.is_grad_enabled() and not is_owner():
-            for module, attribute in slots:
-                parameter = getattr(module, attribute)
-                held.append(parameter)
-                module._parameters[attribute] = parameter.detach()
 
-    def restore(_part: nn.Module, _inputs: object, _output: object) -> None:
-        if held:
-            for (module, attribute), parameter in zip(slots, held, strict=True):
-                module._parameters[attribute] = parameter
-            held.clear()
+def _detached_weight(name: str) -> property:
+    def read(module: nn.Module) -> torch.Tensor:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        return parameter.detach()
 
-    part.register_forward_pre_hook(detach)
-    part.register_forward_hook(restore, always_call=True)
+    return property(read)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from layer_tying.errors import InputError
 from layer_tying.find import LayerStack, find_layers
-from layer_tying.gradient import use_only_the_owners_gradient
+from layer_tying.gradient import read_as_they_are, read_detached
 from layer_tying.ledger import Ledger
 from layer_tying.tying import Rules, Tying, storage_sources
 
@@ -81,15 +81,17 @@ class TiedLayers:
         self._ledgers = [Ledger(each) for each in optimizers]
         self._take_out_of_books()
         self._enter_in_books()
-        if gradient == "owner":
-            use_only_the_owners_gradient(
-                self.stack, lambda layer: self.tying.owners[layer] == layer
-            )
+        self._only_owners_learn = gradient == "owner"
+        self._set_gradients()
 
     def parameters(self, layer: int) -> Parameters:
         """The parameters that a layer uses, by their names within the layer."""
-        slots = self.stack.slots[layer]
-        return {name: getattr(module, attribute) for name, (module, attribute) in slots.items()}
+        used: Parameters = {}
+        for name, (module, attribute) in self.stack.slots[layer].items():
+            parameter = module._parameters[attribute]
+            assert parameter is not None
+            used[name] = parameter
+        return used
 
     def apply(self, tying: Tying) -> None:
         """Change to another tying, as one transition from the weights in use now.
@@ -125,6 +127,7 @@ class TiedLayers:
                     self._point(layer, copies)
         self.tying = tying
         self._enter_in_books()
+        self._set_gradients()
 
     def verify(self) -> None:
         """Check the invariant.
@@ -161,7 +164,7 @@ class TiedLayers:
 
     def _point(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, (module, attribute) in self.stack.slots[layer].items():
-            module.register_parameter(attribute, parameters[name])
+            setattr(module, attribute, parameters[name])  # recurrent networks take note of it
 
     def _copy(self, parameters: Parameters) -> Parameters:
         """New parameters of equal values, one for each distinct one, with their moments."""
@@ -205,6 +208,14 @@ class TiedLayers:
         else:
             keeping = set(self.tying.independent_layers) & set(tying.independent_layers)
         return set(self.tying.independent_layers) - keeping
+
+    def _set_gradients(self) -> None:
+        for layer, owner in enumerate(self.tying.owners):
+            slots = self.stack.slots[layer].values()
+            if self._only_owners_learn and layer != owner:
+                read_detached(slots)
+            else:
+                read_as_they_are(slots)
 
     def _drop_moments_of(self, layers: set[int]) -> None:
         for ledger in self._ledgers:
