@@ -7,6 +7,7 @@ Every field of ``TrainConfig`` is a flag of ``layer-tying train`` (``max_steps``
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from layer_tying.errors import InputError
 from layer_tying.policies import PATTERNS
 
-POLICIES = ("dqn", "random", "fixed", *PATTERNS)
+DECIDING = ("dqn", "random")  # the policies that change the tying while a model trains
+POLICIES = (*DECIDING, "fixed", *PATTERNS)
 FAMILIES = ("gpt2", "llama", "bert", "vit")
 
 
@@ -85,14 +87,12 @@ class TrainConfig:
         self._check_ranges()
         if self.emsize % self.nhead:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
-        if self.max_steps is not None and self.every > self.max_steps:
-            raise InputError(
-                f"every {self.every} is more than max-steps {self.max_steps}: "
-                f"the policy would decide only once; take a smaller --every"
-            )
+        if self.max_steps is not None:
+            self.check_every(self.max_steps)
         if (self.policy == "fixed") != (self.owners is not None):
             raise InputError("policy fixed and --owners go together, such as --owners 0,0,2,2")
-        if not self.exp or Path(self.exp).is_absolute() or ".." in Path(self.exp).parts:
+        parts = Path(self.exp).parts  # none of "" and "."
+        if not parts or Path(self.exp).is_absolute() or ".." in parts:
             raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
 
     def _check_ranges(self) -> None:
@@ -110,9 +110,22 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is more than 0, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} is a finite number, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed is less than 2**32, got {self.seed}")
         for name in ("dropout", "warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is between 0 and 1, got {getattr(self, name)}")
+
+    def check_every(self, num_steps: int) -> None:
+        """Raise an InputError if a policy would decide once only in a run of so many steps."""
+        if self.policy in DECIDING and self.every > num_steps:
+            raise InputError(
+                f"every {self.every} is more than the {num_steps} steps of the run: "
+                f"the policy would decide only once; take a smaller --every or more steps"
+            )
 
     @property
     def folder(self) -> Path:
@@ -137,7 +150,7 @@ class TrainConfig:
 
 
 # What may differ between a run and its resumption: where things lie and what is reported.
-_FREE = {"data_dir", "output_dir", "exp", "log_every", "log_with", "save_every", "eval_batch_size"}
+_FREE = {"data_dir", "output_dir", "exp", "log_every", "log_with", "save_every"}
 
 
 def first_difference(one: TrainConfig, other: TrainConfig) -> str | None:

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from layer_tying.config import TrainConfig
+from layer_tying.config import DECIDING, TrainConfig
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
 from layer_tying.policies import Policy, RandomPolicy, pattern
@@ -41,7 +41,7 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
 
 def starting_point(config: TrainConfig) -> tuple[Tying, Policy | None]:
     """The tying a run starts from, and the policy that changes it (None for a static pattern)."""
-    if config.policy in ("dqn", "random"):
+    if config.policy in DECIDING:
         start = pattern(config.initial, config.nlayers)
         if config.policy == "random":
             return start, RandomPolicy(config.seed)

@@ -1,0 +1,117 @@
+"""Runs small enough to test with, and real processes that cost no second start of torch.
+
+Processes are forked from a server that has imported the library once. They can be told to die by
+SIGKILL at the n-th call of any function, so a test chooses the instant and does not race for it.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from layer_tying.config import TrainConfig
+
+WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "sun", "red")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report"])
+NOT_REPEATABLE = ("seconds", "peak_memory_bytes")  # of metrics.jsonl
+
+
+def write_text(folder: Path, num_lines: int = 150) -> Path:
+    """Lines of twelve words, about 45 characters each; the same in every test."""
+    rng = random.Random(0)
+    lines = (" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(num_lines))
+    file = folder / "text.txt"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def small(folder: Path, **changes: Any) -> TrainConfig:
+    """24 steps of a model of three layers on the text in a folder, a decision every fifth."""
+    settings: dict[str, Any] = {
+        **{"dataset": str(folder / "text.txt"), "output_dir": str(folder / "runs")},
+        **{"nlayers": 3, "nhead": 2, "emsize": 16, "bptt": 16, "batch_size": 4},
+        **{"max_steps": 24, "every": 5, "eval_every": 8, "save_every": 6, "log_every": 4},
+        **{"eval_batch_size": 8, "eval_batches": 2, "precision": "fp32"},
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def in_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> int:
+    """Call a function in a process of its own; its exit code, negative for a signal."""
+    process = SERVER.Process(target=function, args=arguments, kwargs=options)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def train_until(
+    config: TrainConfig, function: str, call: int, signal_number: int, resume: bool = False
+) -> None:
+    """Train, and send this process a signal at the n-th call of ``module.function``."""
+    from layer_tying.train import Interrupted, train
+
+    signal_at(function, call, signal_number)
+    try:
+        train(config, resume=resume)
+    except Interrupted:
+        sys.exit(130)
+
+
+def signal_at(function: str, call: int, signal_number: int) -> None:
+    """Replace a function, or a method, by one that sends a signal before its n-th call."""
+    path, _, name = function.rpartition(".")
+    module, _, class_name = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    owner = getattr(owner, class_name) if class_name else owner
+    original, calls = getattr(owner, name), 0
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal_number)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counting)
+
+
+def killed_at(config: TrainConfig, function: str, call: int, resume: bool = False) -> None:
+    """Train in a process that is killed by SIGKILL at the n-th call of a function."""
+    code = in_process(train_until, config, function, call, signal.SIGKILL, resume=resume)
+    assert code == -signal.SIGKILL, f"it was to be killed, but ended with {code}"
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def traces_of(folder: Path) -> dict[str, Any]:
+    """All that two runs of one configuration must have in common, to the last bit."""
+    metrics = lines_of(folder / "metrics.jsonl")
+    checkpoints = sorted(file.name for file in (folder / "checkpoints").iterdir())
+    return {
+        "metrics": [
+            {key: value for key, value in line.items() if key not in NOT_REPEATABLE}
+            for line in metrics
+        ],
+        "decisions": lines_of(folder / "tying.jsonl"),
+        "checkpoints": checkpoints,
+        **{
+            f"{name}/{file}": {
+                key: tensor.tolist()
+                for key, tensor in load_file(folder / "checkpoints" / name / file).items()
+            }
+            for name in checkpoints
+            for file in ("model.safetensors", "training.safetensors")
+        },
+    }

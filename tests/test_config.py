@@ -1,0 +1,156 @@
+"""What a run is: valid values make the round trip, every other is refused in one line."""
+
+import json
+import math
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layer_tying.config import FAMILIES, POLICIES, TrainConfig, first_difference
+from layer_tying.errors import InputError
+
+COUNT = st.integers(1, 10_000)
+SHARE = st.floats(0, 1)
+POSITIVE = st.floats(0, 1e6, exclude_min=True)
+NAME = st.text(st.characters(codec="utf-8", exclude_characters="/.\0"), min_size=1)
+VALID = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from([name for name in POLICIES if name != "fixed"]),
+        "family": st.sampled_from(FAMILIES),
+        "dataset": NAME,
+        "nlayers": st.integers(2, 64),
+        "nhead": st.just(4),
+        "emsize": st.integers(1, 512).map(lambda n: 4 * n),
+        "exp": NAME,
+    },
+    optional={
+        **dict.fromkeys(("bptt", "batch_size", "eval_batch_size", "accumulate", "epochs"), COUNT),
+        **dict.fromkeys(("eval_every", "eval_batches", "save_every"), st.none() | COUNT),
+        **dict.fromkeys(("dropout", "warmup", "final_lr"), SHARE),
+        **dict.fromkeys(("lr", "clip"), POSITIVE),
+        "weight_decay": st.floats(0, 1e6),
+        "seed": st.integers(0, 2**32 - 1),
+        "every": st.integers(1, 100),
+        "max_steps": st.integers(100, 10**9),
+        "groups": st.none() | COUNT,
+        "data_dir": st.none() | NAME,
+        "gradient": st.sampled_from(["sum", "owner"]),
+        "checkpointing": st.booleans(),
+    },
+)
+
+
+@given(VALID)
+def test_json_round_trip(values):
+    config = TrainConfig(**values)
+    text = config.to_json()
+    assert TrainConfig.from_json(text) == config
+    assert json.loads(text) == asdict(config)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_the_default_is_the_papers_agent_on_data_that_are_always_there():
+    config = TrainConfig()
+    assert (config.policy, config.dataset, config.initial) == ("dqn", "pydocs", "all")
+    assert config.folder == Path("runs/run")
+
+
+REFUSED = [
+    *[({name: 0}, "0") for name in ("nhead", "emsize", "bptt", "batch_size", "eval_batch_size")],
+    *[({name: -3}, "-3") for name in ("accumulate", "epochs", "max_steps", "every", "log_every")],
+    *[({name: 0}, "0") for name in ("eval_every", "eval_batches", "save_every", "groups")],
+    ({"nlayers": 1}, "1"),
+    ({"every": 0}, "0"),
+    ({"seed": -1}, "-1"),
+    ({"seed": 2**64}, str(2**64)),
+    ({"weight_decay": -0.5}, "-0.5"),
+    ({"weight_decay": math.inf}, "inf"),
+    ({"weight_decay": math.nan}, "nan"),
+    *[({"lr": value}, str(value)) for value in (0.0, -0.001, math.nan, math.inf)],
+    *[({"clip": value}, str(value)) for value in (0.0, -1.0, math.nan)],
+    *[({name: 1.5}, "1.5") for name in ("dropout", "warmup", "final_lr")],
+    *[({name: -0.1}, "-0.1") for name in ("dropout", "warmup", "final_lr")],
+    ({"dropout": math.nan}, "nan"),
+    ({"policy": "dqm"}, "'dqm'"),
+    ({"family": "gpt3"}, "'gpt3'"),
+    ({"objective": "both"}, "'both'"),
+    ({"gradient": "mean"}, "'mean'"),
+    ({"moments": "half"}, "'half'"),
+    ({"initial": "some"}, "'some'"),
+    ({"reward": "loss"}, "'loss'"),
+    ({"precision": "fp16"}, "'fp16'"),
+    ({"log_with": "paper"}, "'paper'"),
+    ({"emsize": 30, "nhead": 4}, "30"),
+    ({"every": 11, "max_steps": 10}, "11"),
+    ({"policy": "fixed"}, "--owners"),
+    ({"policy": "none", "owners": "0,0"}, "--owners"),
+    ({"exp": ""}, "''"),
+    ({"exp": "/run"}, "'/run'"),
+    ({"exp": "../run"}, "'../run'"),
+    ({"exp": "."}, "'.'"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED, ids=str)
+def test_what_is_out_of_range_is_refused_in_one_line(values, said):
+    with pytest.raises(InputError) as caught:
+        TrainConfig(**values)
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert next(iter(values)) in message.replace("-", "_")
+
+
+def test_choices_are_listed():
+    with pytest.raises(InputError, match=r"cycle-reverse.*got 'dqm'"):
+        TrainConfig(policy="dqm")
+
+
+def test_a_pattern_decides_nothing_so_that_k_does_not_matter():
+    assert TrainConfig(policy="none", every=50, max_steps=10).every == 50
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", '{"color": 1}', '{"nlayers": "many"}', '{"lr": null}'],
+)
+def test_other_json_is_not_a_configuration(text):
+    with pytest.raises(InputError, match="not a run's configuration"):
+        TrainConfig.from_json(text)
+
+
+FREE = {
+    **{"data_dir": "elsewhere", "output_dir": "elsewhere", "exp": "elsewhere"},
+    **{"log_every": 3, "log_with": "mlflow", "save_every": 3},
+}
+
+
+@pytest.mark.parametrize("each", fields(TrainConfig), ids=lambda each: each.name)
+def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
+    other = {
+        **FREE,
+        **{"policy": "random", "groups": 2, "family": "bert", "dataset": "ptb"},
+        **{"tokenizer": "bpe:300", "objective": "causal", "data_dir": "elsewhere"},
+        **{"gradient": "owner", "moments": "fresh", "initial": "none", "reward": "perplexity"},
+        **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
+        **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
+        **{"eval_every": 7, "eval_batches": 7, "seed": 1},
+    }
+    base = TrainConfig()
+    if each.name == "owners":
+        base = TrainConfig(policy="fixed", owners="0,0,2")
+        changed = replace(base, owners="0,1,1")
+    else:
+        default = getattr(base, each.name)
+        changed = replace(base, **{each.name: other.get(each.name, default and default * 2)})
+    assert getattr(changed, each.name) != getattr(base, each.name)
+    assert first_difference(base, base) is None
+    difference = first_difference(base, changed)
+    if each.name in FREE:
+        assert difference is None
+    else:
+        ours, theirs = getattr(base, each.name), getattr(changed, each.name)
+        assert difference == f"{each.name} is {ours!r} in one and {theirs!r} in the other"
