@@ -45,8 +45,9 @@ def mean_loss(loss_and_count: Iterable[tuple[Tensor, int]]) -> float:
     """The mean loss per predicted item over batches of (mean loss, number of items)."""
     total, count = 0.0, 0
     for loss, items in loss_and_count:
-        total += float(loss) * items
-        count += items
+        if items:  # the mean of nothing is not a number
+            total += float(loss) * items
+            count += items
     return total / count
 
 

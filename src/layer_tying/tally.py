@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -65,7 +64,3 @@ class Tally:
             "model_state_bytes_peak": self.model_state_bytes_peak,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
