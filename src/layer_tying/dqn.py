@@ -7,6 +7,7 @@ al. 2018) with branches of size 1, 2, ..., L. Matrices are [L, L] with -inf abov
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layer_tying.policies import Action, within_budget
+from layer_tying.policies import LARGEST_REWARD, Action, within_budget
 from layer_tying.tying import Rules, Tying
 
 
@@ -59,22 +60,23 @@ class QNetwork(nn.Module):
         super().__init__()
         self.num_layers = num_layers
         self.body = nn.Sequential(
-            nn.Linear(num_layers, hidden),
+            nn.Linear(num_layers, hidden, dtype=torch.float32),
             nn.ReLU(),
-            nn.Linear(hidden, num_layers * (num_layers + 1) // 2),
+            nn.Linear(hidden, num_layers * (num_layers + 1) // 2, dtype=torch.float32),
         )
 
     def forward(self, state: Tying) -> Tensor:
         """Return [L, L] action values, -inf above the diagonal. Owners are scaled to [0, 1]."""
         scale = max(self.num_layers - 1, 1)
-        flat = self.body(torch.tensor(state.owners, dtype=torch.float32) / scale)
+        with torch.autocast("cpu", enabled=False):
+            flat = self.body(torch.tensor(state.owners, dtype=torch.float32) / scale)
         rows, columns = torch.tril_indices(self.num_layers, self.num_layers)
-        matrix = torch.full((self.num_layers, self.num_layers), -torch.inf)
+        matrix = torch.full((self.num_layers,) * 2, -torch.inf, dtype=torch.float32)
         return matrix.index_put((rows, columns), flat)
 
 
 class DQN:
-    """The agent of Algorithm 1. It has its own random numbers and stays on the CPU.
+    """The agent of Algorithm 1. It has its own random numbers and stays on the CPU, in float32.
 
     Args:
         num_layers: L.
@@ -99,8 +101,8 @@ class DQN:
         epsilon_decay: float = 0.95,
         epsilon_min: float = 0.1,
     ) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
             self.network = QNetwork(num_layers)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate)
         self.discount = discount
@@ -108,11 +110,13 @@ class DQN:
         self.epsilon_decay = epsilon_decay
         self.epsilon_min = epsilon_min
         self._rng = np.random.default_rng(seed)
+        self._rules = Rules.free(num_layers)  # of the last decision
         self._statistics: dict[str, Any] = {}
 
     def act(self, state: Tying, rules: Rules) -> Action:
         """Epsilon-greedy for each layer: a random layer it may use, or the most valuable one."""
-        with torch.no_grad():
+        self._rules = rules
+        with torch.device("cpu"), torch.no_grad():
             q = self.network(state).numpy()
         action = []
         for layer in range(state.num_layers):
@@ -132,34 +136,47 @@ class DQN:
     ) -> None:
         """One temporal-difference update (lines 22-25), then epsilon decays (line 27).
 
-        Without a finite reward nothing is learned, so that Q never becomes NaN.
+        Without a reward that is finite, also when squared, nothing is learned, so that Q never
+        becomes NaN.
         """
-        if reward is not None:
-            predicted = action_value(self.network(state), torch.tensor(action))
-            with torch.no_grad():
-                target = td_target(reward, self.discount, self.network(next_state))
-            loss = nn.functional.mse_loss(predicted, target)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+        if reward is not None and abs(reward) < LARGEST_REWARD:
+            with torch.device("cpu"):
+                self._update(state, action, reward, next_state)
         self.epsilon = max(self.epsilon_decay * self.epsilon, self.epsilon_min)
+
+    def _update(self, state: Tying, action: Action, reward: float, next_state: Tying) -> None:
+        predicted = action_value(self.network(state), torch.tensor(action))
+        with torch.no_grad():
+            q_next = _allowed(self.network(next_state), self._rules)
+        target = td_target(reward, self.discount, q_next)
+        loss = nn.functional.mse_loss(predicted, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
     def statistics(self) -> dict[str, Any]:
         """The last decision's ``epsilon`` and ``q``, the rows of Q(s)."""
         return self._statistics
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizer, epsilon and random numbers."""
-        return {
+        """Network, optimizer, epsilon and random numbers, copied: going on does not change them."""
+        state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epsilon": self.epsilon,
             "rng": self._rng.bit_generator.state,
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would alias it
         self.epsilon = state["epsilon"]
         self._rng.bit_generator.state = state["rng"]
+
+
+def _allowed(q: Tensor, rules: Rules) -> Tensor:
+    """Forbid ties between layers of different kinds: their values are never trained."""
+    kinds = torch.tensor(rules.kinds)
+    return torch.where(kinds[:, None] == kinds, q, -torch.inf)

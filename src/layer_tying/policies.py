@@ -16,6 +16,9 @@ from layer_tying.tying import Rules, Tying
 
 Action = tuple[int, ...]
 
+LARGEST_REWARD = 1e15
+"""Beyond it the squared error overflows single precision: such a reward is not finite enough."""
+
 PATTERNS = (
     "none",
     "all",
@@ -97,7 +100,7 @@ class Policy(Protocol):
     def observe(
         self, state: Tying, action: Action, reward: float | None, next_state: Tying
     ) -> None:
-        """Learn from what followed; the reward is None where there was no finite one."""
+        """Learn from what followed; the reward is None where there was none to learn from."""
         ...
 
     def statistics(self) -> dict[str, Any]:
@@ -146,6 +149,45 @@ class RandomPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the same draws."""
         self._rng.bit_generator.state = state["rng"]
+
+
+class Schedule:
+    """Tyings that were settled beforehand, one for each decision; the last one is kept.
+
+    Args:
+        tyings: at least one.
+    """
+
+    learns = False
+
+    def __init__(self, tyings: Sequence[Tying]) -> None:
+        if not tyings:
+            raise InputError("a schedule needs at least one tying, got none")
+        self._tyings = tuple(tyings)
+        self._num_decisions = 0
+
+    def act(self, state: Tying, rules: Rules) -> Action:
+        """The owners of the tying whose turn it is; as an action they lead to that tying."""
+        index = min(self._num_decisions, len(self._tyings) - 1)
+        self._num_decisions += 1
+        return self._tyings[index].owners
+
+    def observe(
+        self, state: Tying, action: Action, reward: float | None, next_state: Tying
+    ) -> None:
+        """Nothing is learned."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Nothing to report."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many decisions have been made."""
+        return {"num_decisions": self._num_decisions}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the tying whose turn it is."""
+        self._num_decisions = state["num_decisions"]
 
 
 def within_budget(action: Sequence[int], value: np.ndarray, rules: Rules) -> Action:
