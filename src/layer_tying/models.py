@@ -1,7 +1,8 @@
-"""GPT-2, Llama, BERT and ViT from transformers' configurations, built already tied.
+"""Transformers from their configurations, built already tied: ours and any of transformers'.
 
 A tied model never allocates its L layers: it is laid out on the meta device, tied there, and only
-then is storage made, for what is left. Layers that are tied from the start cost nothing.
+then is storage made, for what is left. Layers that are tied from the start cost nothing. Loading
+(``export.py``) uses the same steps with saved weights in place of random ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layer_tying.errors import InputError
 from layer_tying.surgery import TiedLayers
 from layer_tying.tying import Tying
 
@@ -59,6 +61,7 @@ def language_config(
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
+            architectures=["GPT2LMHeadModel"],
             **special,
         )
     if family == "llama":
@@ -70,6 +73,7 @@ def language_config(
             vocab_size=vocab_size,
             max_position_embeddings=max_length,
             attention_dropout=dropout,
+            architectures=["LlamaForCausalLM"],
             **special,
         )
     return transformers.BertConfig(
@@ -82,6 +86,7 @@ def language_config(
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         is_decoder=causal,
+        architectures=["BertLMHeadModel" if causal else "BertForMaskedLM"],
         **special,
     )
 
@@ -108,18 +113,30 @@ def image_config(
         id2label=dict(enumerate(class_names)),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        architectures=["ViTForImageClassification"],
     )
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """What is built from a configuration: a model with the head its family trains with."""
-    if isinstance(config, transformers.ViTConfig):
-        return transformers.ViTForImageClassification
-    if isinstance(config, transformers.BertConfig):
-        return transformers.BertLMHeadModel if config.is_decoder else transformers.BertForMaskedLM
-    if isinstance(config, transformers.LlamaConfig):
-        return transformers.LlamaForCausalLM
-    return transformers.GPT2LMHeadModel
+    """The class of transformers that a configuration names in ``architectures``.
+
+    Raises:
+        InputError: if it names none, or one that this version of transformers does not have.
+    """
+    name = (config.architectures or ["no class"])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise InputError(
+            f"the configuration's architectures name {name}, which transformers "
+            f"{transformers.__version__} does not have: build the model yourself and pass it"
+        )
+    return found
+
+
+def lay_out(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on torch's meta device: its structure, without storage."""
+    with torch.device("meta"):
+        return model_class(config)(config)
 
 
 def build_model(
@@ -135,16 +152,15 @@ def build_model(
     numbers, layer by layer, as transformers initialises them.
 
     Args:
-        config: from ``language_config`` or ``image_config``.
+        config: of any model of transformers; its ``architectures`` say which class.
         tying: of as many layers as the configuration has.
         device: where the weights shall lie.
         dtype: of the weights.
     """
-    with torch.device("meta"):
-        model = model_class(config)(config)
+    model = lay_out(config)
     layers = TiedLayers(model)
     layers.apply(tying)
-    _allocate(model, torch.device(device), dtype)
+    allocate(model, torch.device(device), dtype)
     blocks = layers.stack.blocks
     for layer, owner in enumerate(tying.owners):
         if layer != owner:
@@ -157,14 +173,19 @@ def build_model(
     return model
 
 
-def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace each distinct meta tensor of a model by one of storage, wherever it is used."""
+def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace each distinct meta tensor of a model by one of storage, wherever it is used.
+
+    Buffers keep their types. Tensors that have storage are left alone.
+    """
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in made:
-                empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                made[parameter] = nn.Parameter(empty, parameter.requires_grad)
-            setattr(module, name, made[parameter])
+            if parameter.is_meta:
+                if parameter not in made:
+                    empty = torch.empty_like(parameter, device=device, dtype=dtype)
+                    made[parameter] = nn.Parameter(empty, parameter.requires_grad)
+                setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
