@@ -1,10 +1,10 @@
 """Checkpoints: unique weights and everything else that a run needs to go on exactly.
 
-A checkpoint is a folder of three files. ``model.safetensors`` holds each distinct weight once,
+A checkpoint is a folder. ``model.safetensors`` holds each distinct weight once,
 ``training.safetensors`` every other tensor (moments by parameter name, the agent's networks, states
-of random numbers), ``state.json`` the rest, with the tying and the hashes of the other two. It is
-written under a temporary name, synced and renamed, so a folder with its final name is whole
-unless the disk lost something; the hashes tell. Nothing is unpickled.
+of random numbers), ``state.json`` the rest, with the tying. It is written under a temporary name,
+synced and renamed, so a folder with its final name is whole unless the disk lost something;
+``SHA256SUMS`` tells (``sha256sum --check`` reads it too). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from layer_tying.tying import Tying
 
 FORMAT = "layer-tying checkpoint 1"
 STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
+SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,17 @@ class Checkpoint:
     config: dict[str, Any]
     facts: dict[str, Any]
 
+    def weights(self) -> dict[str, Tensor]:
+        """Each distinct weight under its first name."""
+        return load_file(self.folder / MODEL)
+
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into a model that has the checkpoint's tying.
 
         Raises:
             InputError: if the names or shapes differ.
         """
-        saved = load_file(self.folder / MODEL)
+        saved = self.weights()
         tensors = unique_tensors(model)
         if saved.keys() != tensors.keys():
             odd = sorted(saved.keys() ^ tensors.keys())
@@ -99,7 +104,7 @@ def save_checkpoint(
     Raises:
         InputError: if it cannot be written (a full disk, say); what was there before is untouched.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     tensors: dict[str, Tensor] = {}
     tree = _split(training, tensors, "")
     try:
@@ -117,17 +122,19 @@ def save_checkpoint(
             "config": dict(config),
             "facts": dict(facts or {}),
             "training": tree,
-            "sha256": {name: _sha256(temporary / name) for name in (MODEL, TRAINING)},
         }
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-        for file in temporary.iterdir():
+        sums = "".join(_sum_line(temporary / name) for name in (STATE, MODEL, TRAINING))
+        (temporary / SUMS).write_text(sums, encoding="ascii")
+        for file in (*temporary.iterdir(), temporary):
             _sync(file)
         _replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"cannot write the checkpoint {folder}: {error}; checkpoints before it are whole"
         ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there is none after success
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -136,19 +143,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: if it is missing, torn or not a checkpoint of ours, saying which.
     """
-    if not (folder / STATE).is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no {STATE}")
+    if not (folder / SUMS).is_file():
+        raise InputError(f"{folder} is not a checkpoint: it has no {SUMS}")
     try:
+        _check_sums(folder)
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"{folder} is not a checkpoint of this program ({FORMAT!r})")
-        for name, expected in state["sha256"].items():
-            if not (folder / name).is_file() or _sha256(folder / name) != expected:
-                raise InputError(f"{folder} is torn: {name} is not what was written")
         tying = Tying(tuple(state["owners"]))
         return Checkpoint(folder, state["step"], tying, state["config"], state["facts"])
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} is torn: {STATE} cannot be read ({error!r})") from None
+        raise InputError(f"{folder}: {STATE} is not of this program ({error!r})") from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error}") from None
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -176,8 +183,9 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def keep_newest(folder: Path, number: int) -> None:
-    """Delete all but the newest ``step-N`` checkpoints."""
-    for old in sorted(folder.glob("step-*"))[:-number]:
+    """Delete all but the newest ``step-N`` checkpoints, and what a killed save has left."""
+    leftovers = [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
+    for old in sorted(folder.glob("step-*"))[:-number] + leftovers:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -230,6 +238,8 @@ def _split(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     Dictionaries become lists of pairs, since an optimizer's keys are integers.
     """
     if isinstance(tree, Tensor):
+        while path in tensors:  # of the keys "a/b", and "a" with "b" in it
+            path += "'"
         tensors[path] = tree.detach().clone().contiguous()
         return {"tensor": path}
     if isinstance(tree, Mapping):
@@ -250,12 +260,22 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return content
 
 
-def _sha256(file: Path) -> str:
+def _check_sums(folder: Path) -> None:
+    written = (folder / SUMS).read_text(encoding="ascii", errors="replace")
+    for name in (STATE, MODEL, TRAINING):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is torn: {name} is missing")
+        if _sum_line(folder / name) not in written.splitlines(keepends=True):
+            raise InputError(f"{folder} is torn: {name} is not what was written")
+
+
+def _sum_line(file: Path) -> str:
+    """The line that ``sha256sum`` prints for a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return f"{digest.hexdigest()}  {file.name}\n"
 
 
 def _sync(path: Path) -> None:
@@ -268,7 +288,8 @@ def _sync(path: Path) -> None:
 
 def _replace(temporary: Path, folder: Path) -> None:
     """Rename a folder into place; an older one of that name goes away after, not before."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
