@@ -1,7 +1,9 @@
 """The algebra of tying: canonical form, Eq. 1, groups and counts."""
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,15 @@ def test_owners_that_are_not_canonical_are_refused(owners):
 def test_actions_that_point_forward_are_refused(action):
     with pytest.raises(InputError, match="cannot use the weights"):
         Tying.from_action(action)
+
+
+def test_owners_are_plain_integers_in_a_tuple_whatever_they_came_as():
+    """A list would not equal the same tying, and numpy's integers are not JSON."""
+    for owners in ([0, 0, 2], np.array([0, 0, 2]), (0, np.int64(0), 2)):
+        tying = Tying(owners)
+        assert tying == Tying((0, 0, 2))
+        assert hash(tying) == hash(Tying((0, 0, 2)))
+        assert json.loads(json.dumps(tying.owners)) == [0, 0, 2]
+    assert json.dumps(Tying.from_action(np.array([0, 1, 1])).owners) == "[0, 1, 1]"
+    with pytest.raises(InputError, match=r"whole numbers: got \(0, 0.5\)"):
+        Tying((0, 0.5))

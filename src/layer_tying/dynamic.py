@@ -9,19 +9,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
-from layer_tying.policies import Action, Policy
-from layer_tying.surgery import TiedLayers
+from layer_tying.find import LayerStack
+from layer_tying.policies import LARGEST_REWARD, Action, Policy
+from layer_tying.surgery import Parameters, TiedLayers
 from layer_tying.tying import Rules, Tying
+
+
+class Layers(Protocol):
+    """The face of ``TiedLayers``, which its stand-ins in ablations have too."""
+
+    tying: Tying
+    rules: Rules
+    stack: LayerStack
+
+    def parameters(self, layer: int) -> Parameters:
+        """The parameters that a layer uses, by their names within the layer."""
+        ...
+
+    def apply(self, tying: Tying) -> None:
+        """Change to another tying."""
+        ...
+
+    def verify(self) -> None:
+        """Raise an AssertionError if the layers are not what their tying says."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,8 @@ class Decision:
         step: how many optimizer steps had been done.
         action: for each layer, the layer it was told to use.
         state: the tying's owners after the decision.
-        reward: what followed, None where the policy does not learn or it was not finite.
+        reward: what followed, None where the policy does not learn or could not from this one
+            (infinite, not a number, or so large that its square is not finite).
         event: what went wrong, if anything did.
         statistics: what the policy says of the decision (epsilon, Q-values).
     """
@@ -58,7 +79,8 @@ class DynamicTying:
             tied down, a ``Tying``, or ``"keep"`` for the tying the model comes with.
         max_independent: a hard limit on the number of independent layers.
         seed: of the default policy.
-        layers, untied, gradient, moments, by_kind: see ``TiedLayers``.
+        layers: see ``TiedLayers``; or the layers themselves, prepared by one.
+        untied, gradient, moments, by_kind: see ``TiedLayers``.
 
     Raises:
         InputError: if the layers cannot be found, or an option does not fit.
@@ -74,7 +96,7 @@ class DynamicTying:
         initial: Literal["all", "none", "keep"] | Tying = "all",
         max_independent: int | None = None,
         seed: int = 0,
-        layers: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] | Layers | None = None,
         untied: Sequence[str] = (),
         gradient: Literal["sum", "owner"] = "sum",
         moments: Literal["copy", "fresh"] = "copy",
@@ -82,15 +104,17 @@ class DynamicTying:
     ) -> None:
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
-        self.layers = TiedLayers(
-            model,
-            optimizer,
-            layers=layers,
-            untied=untied,
-            gradient=gradient,
-            moments=moments,
-            by_kind=by_kind,
-        )
+        if layers is None or isinstance(layers, (str, Sequence)):
+            layers = TiedLayers(
+                model,
+                optimizer,
+                layers=layers,
+                untied=untied,
+                gradient=gradient,
+                moments=moments,
+                by_kind=by_kind,
+            )
+        self.layers: Layers = layers
         kinds = self.layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self.policy = DQN(len(kinds), seed=seed) if policy is None else policy
@@ -145,8 +169,10 @@ class DynamicTying:
         measured, event = None, None
         if self.policy.learns:
             value = float(reward())
-            measured = value if math.isfinite(value) else None
-            event = None if math.isfinite(value) else f"the reward was {value}: nothing learned"
+            if abs(value) < LARGEST_REWARD:
+                measured = value
+            else:
+                event = f"the reward was {value}: nothing learned"
         self.policy.observe(state, action, measured, next_state)
         return Decision(
             self.num_steps, action, next_state.owners, measured, event, self.policy.statistics()
@@ -157,14 +183,25 @@ class DynamicTying:
         return {
             "owners": list(self.tying.owners),
             "num_steps": self.num_steps,
+            "policy_class": type(self.policy).__name__,
             "policy": self.policy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned; re-ties the layers first.
+        """Go on from what ``state_dict`` returned; re-ties the layers.
 
-        The weights are the caller's to load, before or after.
+        The weights and the optimizer's state are the caller's to load, after this: before it, the
+        model and the optimizer may have fewer parameters than were saved.
+
+        Raises:
+            InputError: if it is the state of another policy, or of a model that differs.
         """
+        policy_class = type(self.policy).__name__
+        if state["policy_class"] != policy_class:
+            raise InputError(
+                f"the saved state is of another policy, {state['policy_class']}: "
+                f"it cannot go on with {policy_class}"
+            )
         self.layers.apply(Tying(tuple(state["owners"])))
         self.num_steps = state["num_steps"]
         self.policy.load_state_dict(state["policy"])

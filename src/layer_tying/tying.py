@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 from layer_tying.errors import InputError
 
@@ -31,6 +32,11 @@ class Tying:
     owners: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        try:
+            owners = tuple(index(owner) for owner in self.owners)
+        except TypeError:
+            raise InputError(f"owners are layers, whole numbers: got {self.owners!r}") from None
+        object.__setattr__(self, "owners", owners)  # frozen; a list or numpy's integers will do
         if not self.owners:
             raise InputError("a tying needs at least one layer, got none")
         for layer, owner in enumerate(self.owners):
@@ -72,6 +78,11 @@ class Tying:
         """Layers with equal labels share weights: ``"abba"`` is owners 0, 1, 1, 0."""
         first: dict[object, int] = {}
         return cls(tuple(first.setdefault(label, i) for i, label in enumerate(labels)))
+
+    def permuted(self, places: Sequence[int]) -> Tying:
+        """The same partition after layer i has moved to ``places[i]``."""
+        labels = dict(zip(places, self.owners, strict=True))
+        return Tying.from_labels(labels[place] for place in range(self.num_layers))
 
     @property
     def num_layers(self) -> int:
