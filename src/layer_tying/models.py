@@ -7,7 +7,7 @@ then is storage made, for what is left. Layers that are tied from the start cost
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,28 @@ def image_config(
     )
 
 
+CLASSIFIERS = {
+    "gpt2": "GPT2ForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "bert": "BertForSequenceClassification",
+}
+
+
+def classifier_config(config: PretrainedConfig, class_names: Sequence[str]) -> PretrainedConfig:
+    """A language model's configuration with a head that classifies sequences in place of its own.
+
+    GPT-2 and Llama classify by the last token that is not padding, BERT by the first.
+    """
+    return type(config)(
+        **config.to_dict()
+        | {
+            "id2label": dict(enumerate(class_names)),
+            "label2id": {name: index for index, name in enumerate(class_names)},
+            "architectures": [CLASSIFIERS[config.model_type]],
+        }
+    )
+
+
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class of transformers that a configuration names in ``architectures``.
 
@@ -174,18 +196,25 @@ def build_model(
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace each distinct meta tensor of a model by one of storage, wherever it is used.
-
-    Buffers keep their types. Tensors that have storage are left alone.
-    """
+    """Give each distinct tensor on the meta device storage; buffers keep their types."""
     made: dict[torch.Tensor, torch.Tensor] = {}
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            empty = torch.empty_like(parameter, device=device, dtype=dtype)
+            made[parameter] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in model.buffers():
+        if buffer.is_meta:
+            made[buffer] = torch.empty_like(buffer, device=device)
+    replace_tensors(model, made)
+
+
+def replace_tensors(model: nn.Module, new: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Put new tensors in place of a model's parameters and buffers, wherever each is used."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.is_meta:
-                if parameter not in made:
-                    empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                    made[parameter] = nn.Parameter(empty, parameter.requires_grad)
-                setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device=device))
+        here = (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for name, tensor in here:
+            if tensor in new:
+                setattr(module, name, new[tensor])
