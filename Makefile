@@ -22,6 +22,9 @@ check: $(VENV)/.test  ## style, types and the direction of imports
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
 
+docs: $(VENV)/.docs   ## the documentation as a site, in site/
+	$(BIN)/mkdocs build
+
 bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied
 	$(BIN)/python benchmarks/memory.py
 
@@ -34,4 +37,8 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test,check]'
 	touch $@
 
-.PHONY: help demo test test-slow check bench-memory
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.PHONY: docs help demo test test-slow check bench-memory
