@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from layer_tying import parallel
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
 from layer_tying.find import LayerStack
@@ -151,24 +152,31 @@ class DynamicTying:
         The layers are re-tied, the reward of the new tying is measured and the policy learns from
         it (Algorithm 1, lines 7-27). Call it after ``optimizer.step()``, gradients cleared.
 
+        With several processes, rank 0's action is everyone's and the reward is their mean.
+
         Args:
             reward: measures how well the model does now, the higher the better. The paper's is
                 minus the perplexity of one training batch, in eval mode and without gradients.
 
         Returns:
             The decision, or None at a step without one.
+
+        Raises:
+            InputError: if the weights of several processes have drifted apart: the gradients of a
+                layer that became independent were not averaged.
         """
         step, self.num_steps = self.num_steps, self.num_steps + 1
         if step % self.every:
             return None
+        parallel.check_in_sync(dict(self.layers.stack.model.named_parameters()))
         state = self.tying
-        action = self.policy.act(state, self.rules)
+        action = parallel.from_rank_0(self.policy.act(state, self.rules))
         next_state = Tying.from_action(action)
         self.rules.check(next_state)
         self.layers.apply(next_state)
         measured, event = None, None
         if self.policy.learns:
-            value = float(reward())
+            value = parallel.mean(float(reward()))
             if abs(value) < LARGEST_REWARD:
                 measured = value
             else:

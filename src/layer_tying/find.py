@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from layer_tying.errors import InputError
 
@@ -56,11 +57,18 @@ def find_layers(
         by_kind: group layers that differ into kinds instead of refusing them.
 
     Raises:
-        InputError: if there is no such list or more than one, or if layers differ.
+        InputError: if there is no such list or more than one, if layers differ, or if the model is
+            wrapped for many processes in a way that does not notice parameters that are exchanged.
 
     The lists of a model are its outermost ones of two or more modules of one class. Where several
     hold equal blocks one must be named; where only one list is there, it is taken.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, which never syncs parameters made "
+            "later: pass model.module, drop the wrapper, and call "
+            "layer_tying.average_gradients(model.parameters()) after backward"
+        )
     containers = _named(model, layers) if layers else [_search(model, untied)]
     names, blocks = [], []
     for container in containers:

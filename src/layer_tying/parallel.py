@@ -1,0 +1,212 @@
+"""Many processes: what the ranks of a run agree on. With one process there is nothing to do.
+
+Facts:
+- Parameters come and go while a model trains. ``DistributedDataParallel`` knows those it was built
+  with and does not sync any that come later, so there is no wrapper here: ``average_gradients``
+  looks at the parameters that are live, at each step. What is sent is proportional to them.
+- Every rank sees the same stream of global batches and takes the rows ``rank::world_size`` of each.
+  The order of the data does not depend on the number of processes.
+- All-reduced values are equal on all ranks to the last bit, so weights stay equal too.
+- Gradients travel by the process group's own backend (NCCL on GPUs); all else travels by gloo
+  between CPUs, where it neither waits for a GPU nor fills one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from layer_tying.errors import InputError
+
+T = TypeVar("T")
+BUCKET_BYTES = 25 * 2**20  # DDP's: large enough to fill a link, small beside a model
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over all processes. Call it between backward and step.
+
+    Gradients are sent together in buckets, in the order given, which has to be the same on all
+    ranks (``model.parameters()`` is). A parameter that has a gradient on some ranks only counts as
+    having a gradient of zeros on the others; one that has none anywhere goes on having none.
+
+    Args:
+        parameters: the model's; each shared one is sent once.
+    """
+    if world_size() == 1:
+        return
+    trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+    pending: list[Callable[[], None]] = []
+    for gradients in _buckets(_gradients_anywhere(trainable)):
+        pending.append(_start_averaging(gradients))
+        if len(pending) > 1:  # one is being sent while the next is put together
+            pending.pop(0)()
+    for finish in pending:
+        finish()
+
+
+def _gradients_anywhere(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients that at least one rank has; made of zeros where it is another rank."""
+    has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=_between_cpus())
+    gradients = []
+    for parameter, somewhere in zip(parameters, has_gradient.tolist(), strict=True):
+        if somewhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    return gradients
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, together at most ``BUCKET_BYTES`` (or one that is larger)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        is_full = size + gradient.nbytes > BUCKET_BYTES
+        if bucket and (is_full or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _start_averaging(gradients: Sequence[Tensor]) -> Callable[[], None]:
+    """Send a bucket on its way; what is returned waits for it and puts the means in place.
+
+    A gradient that is alone in its bucket is large, and is averaged where it lies.
+    """
+    is_alone = len(gradients) == 1 and gradients[0].is_contiguous()
+    flat = gradients[0] if is_alone else torch.cat([g.reshape(-1) for g in gradients])
+    flat.div_(world_size())
+    work = dist.all_reduce(flat, async_op=True)
+    assert work is not None
+
+    def finish() -> None:
+        work.wait()
+        if not is_alone:
+            for gradient, mean in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(mean.view_as(gradient))
+
+    return finish
+
+
+def check_in_sync(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that all ranks have the same weights, to the last bit.
+
+    Args:
+        parameters: the model's, by name.
+
+    Raises:
+        InputError: if a parameter differs between ranks, naming the first.
+    """
+    if world_size() == 1:
+        return
+    everyone = gather([int(_bit_sum(p)) for p in parameters.values()])
+    for name, *ours in zip(parameters, *everyone, strict=True):
+        if len(set(ours)) > 1:
+            raise InputError(
+                f"{name} differs between processes: call layer_tying.average_gradients("
+                f"model.parameters()) after backward, without DistributedDataParallel, which "
+                f"does not sync parameters that are made while a model trains"
+            )
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits as integers: exact, in whatever order it is added up."""
+    same_size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(same_size[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def dealt(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of a list that is dealt out to all of them."""
+    return items[rank() :: world_size()]
+
+
+def gather_dealt(mine: Sequence[T]) -> list[T]:
+    """What all ranks made of their shares, as one list in the order before it was dealt out."""
+    shares = gather(mine)
+    return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order."""
+    values: list[T] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=_between_cpus())
+    return values
+
+
+def sums(*values: float) -> list[float]:
+    """Each value's sum over all ranks, in float64."""
+    if world_size() == 1:
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(totals, group=_between_cpus())
+    return totals.tolist()
+
+
+def mean(value: float) -> float:
+    """A value's mean over all ranks, in float64."""
+    return sums(value)[0] / world_size()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return sums(float(flag))[0] > 0
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0, group=_between_cpus())
+    return values[0]
+
+
+def on_rank_0(function: Callable[[], object]) -> None:
+    """Do something on rank 0 only, while the others wait.
+
+    Raises:
+        InputError: on all ranks, if rank 0 raises one.
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            function()
+        except InputError as error:
+            problem = str(error)
+    problem = from_rank_0(problem)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def _between_cpus() -> dist.ProcessGroup | None:
+    """The group for values on the CPU; None is torch's default group."""
+    return None if dist.get_backend() == "gloo" else _gloo_beside(dist.group.WORLD)
+
+
+@cache
+def _gloo_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group

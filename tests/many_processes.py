@@ -1,0 +1,74 @@
+"""Functions called on several ranks at once: real processes, real gloo, one start of torch."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report", "tiny_models"])
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+        **{"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: int = 60) -> list:
+    """What the function returned, or the exception it raised, on each rank."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            SERVER.Process(
+                target=_call,
+                args=(Path(folder), rank_environment(rank, world, port), function, arguments),
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        hung = [process for process in processes if process.exitcode is None]
+        for process in hung:
+            process.kill()
+        assert not hung, "it hangs"
+        return [_result(Path(folder) / str(rank)) for rank in range(world)]
+
+
+def _call(
+    folder: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple
+) -> None:
+    os.environ.update(environment)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        result: Any = function(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        result = error
+    (folder / environment["RANK"]).write_bytes(pickle.dumps(result))
+
+
+def _result(file: Path) -> Any:
+    assert file.exists(), "the process died"
+    return pickle.loads(file.read_bytes())
