@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 import transformers
-from tiny_models import Plain, loss_of, random_tying
+from checks import assert_books_agree, train_step
+from tiny_models import Plain, random_tying
 from torch import nn
 
 from layer_tying.surgery import TiedLayers
@@ -23,13 +24,6 @@ OPTIMIZERS = {
 }
 
 
-def train_step(model: nn.Module, *optimizers: torch.optim.Optimizer, seed: int = 0) -> None:
-    loss_of(model, seed).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def by_decay(model: nn.Module) -> list[dict]:
     """Two groups, as everybody makes them: matrices are decayed, vectors are not."""
     parameters = list(model.parameters())
@@ -37,14 +31,6 @@ def by_decay(model: nn.Module) -> list[dict]:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def assert_books_agree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted({id(p) for p in model.parameters()})
-    for optimizer in optimizers:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert {id(p) for p in optimizer.state} <= own
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

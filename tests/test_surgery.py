@@ -1,19 +1,21 @@
 """Tying and untying the layers of a live model: state, storage and optimizer agree, always."""
 
 import copy
-import gc
 import random
-import weakref
-from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
+from checks import (
+    assert_books_agree,
+    assert_storage_is,
+    fake_step,
+    parameters_of,
+    train_step,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Plain, gpt2, gpt_neo, llama, loss_of, random_tying, t5, tokens
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_tying.errors import InputError
 from layer_tying.surgery import TiedLayers
@@ -21,49 +23,6 @@ from layer_tying.tying import Tying
 
 MODELS = [Plain, gpt2]
 T5_LISTS = {"layers": ["encoder.block", "decoder.block"], "untied": ["*relative_attention_bias*"]}
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return list(model.blocks if isinstance(model, Plain) else model.transformer.h)
-
-
-def parameters_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """For each block its parameters, read with no help of the library."""
-    return [[p for _, p in b.named_parameters(remove_duplicate=False)] for b in blocks_of(model)]
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
-    loss_of(model, seed).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def fake_step(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-    """An optimizer step on random gradients: as good as a real one here, and faster."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.randn(p.shape, generator=generator)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def assert_storage_is(model: nn.Module, tying: Tying) -> None:
-    """Identity, memory and counts, checked without the library."""
-    parameters = parameters_of(model)
-    for layer, owner in enumerate(tying.owners):
-        for mine, its in zip(parameters[layer], parameters[owner], strict=True):
-            assert mine is its
-    owned = [p for layer in tying.independent_layers for p in parameters[layer]]
-    assert len({id(p) for p in owned}) == len(owned)
-    assert len({p.untyped_storage().data_ptr() for p in owned}) == len(owned)
-    assert len({id(p) for ps in parameters for p in ps}) == len(owned)
-
-
-def assert_books_agree(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Each live parameter is held exactly once, and there are moments for no other."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted({id(p) for p in model.parameters()})
-    assert {id(p) for p in optimizer.state} <= set(map(id, held))
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -181,210 +140,6 @@ def test_a_tying_that_does_not_fit_changes_nothing():
 def test_unknown_options_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options.values()))):
         TiedLayers(Plain(), **options)
-
-
-# Memory
-
-
-def test_tied_layers_free_their_weights_gradients_and_moments_at_once():
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer)
-    loss_of(model).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    dropped = [p for ps in parameters_of(model)[1:] for p in ps]
-    references = [weakref.ref(p) for p in dropped]
-    references += [weakref.ref(optimizer.state[p]["exp_avg"]) for p in dropped]
-    del dropped
-    gc.collect()
-    gc.disable()
-    try:
-        layers.apply(Tying.all_tied(6))
-        assert not any(reference() is not None for reference in references)
-    finally:
-        gc.enable()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of some tensors, and of all that are made since, as long as they live."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-        self._count(tensors)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self._count([made] if torch.is_tensor(made) else [])
-        return made
-
-    def _count(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self.sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.total)
-
-    @property
-    def total(self) -> int:
-        return sum(size for ref, size in self.sizes.items() if not ref.expired())
-
-
-def model_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if torch.is_tensor(value))
-
-
-@pytest.mark.parametrize("moments", ["copy", "fresh"])
-def test_memory_never_rises_above_the_larger_of_before_and_after(moments):
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer, moments=moments)
-    sizes = set()
-    for _ in range(150):
-        fake_step(optimizer, generator)
-        with LiveBytes(model_state(model, optimizer)) as live:
-            before = live.total
-            layers.apply(random_tying(rng, 6))
-            after = live.total
-        assert live.peak == max(before, after)
-        assert after == sum(t.nbytes for t in model_state(model, optimizer))
-        sizes.add((layers.tying.num_independent, before))
-    assert len(sizes) > 6
-
-
-def test_tying_and_untying_restores_the_memory_and_the_shapes():
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer)
-    train_step(model, optimizer)
-    block = sum(t.nbytes for t in parameters_of(model)[0])
-    full = sum(t.nbytes for t in model_state(model, optimizer))
-    layers.apply(Tying.all_tied(6))
-    tied = sum(t.nbytes for t in model_state(model, optimizer))
-    num_parameters = len(parameters_of(model)[0])
-    assert tied == full - 5 * (3 * block + 4 * num_parameters)  # 4 bytes: AdamW's step
-    layers.apply(Tying.independent(6))
-    assert sum(t.nbytes for t in model_state(model, optimizer)) == full
-    assert_storage_is(model, Tying.independent(6))
-    train_step(model, optimizer)
-
-
-# What stays a layer's own
-
-
-def test_buffers_hooks_and_indices_stay_the_layers_own():
-    model = gpt2()
-    for i, block in enumerate(model.transformer.h):
-        block.register_buffer("mark", torch.tensor(i))
-    called = []
-    for i, block in enumerate(model.transformer.h):
-        block.register_forward_hook(lambda *_, i=i: called.append(i))
-    layers = TiedLayers(model)
-    layers.apply(Tying.all_tied(6))
-    loss_of(model)
-    assert called == [0, 1, 2, 3, 4, 5]
-    assert [int(block.mark) for block in model.transformer.h] == [0, 1, 2, 3, 4, 5]
-    assert [block.attn.layer_idx for block in model.transformer.h] == [0, 1, 2, 3, 4, 5]
-    assert len(set(map(id, blocks_of(model)))) == 6
-
-
-def test_untied_parameters_stay_the_layers_own_and_are_optimized():
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer, untied=["norm.*", "scale"])
-    layers.apply(Tying.all_tied(6))
-    norms = [block.norm.weight for block in model.blocks]
-    assert len(set(map(id, norms))) == len({id(block.scale) for block in model.blocks}) == 6
-    assert len({id(block.feed_forward[0].weight) for block in model.blocks}) == 1
-    assert_books_agree(model, optimizer)
-    before = [norm.detach().clone() for norm in norms]
-    train_step(model, optimizer)
-    assert not any(torch.equal(a, b) for a, b in zip(before, norms, strict=True))
-
-
-def test_a_parameter_shared_with_the_rest_of_the_model_stays_as_it_is():
-    model = Plain()
-    model.final_norm = nn.LayerNorm(8)
-    shared = model.final_norm.weight
-    for block in model.blocks:
-        block.norm.weight = shared
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer)
-    for tying in (Tying.all_tied(6), Tying.independent(6)):
-        layers.apply(tying)
-        layers.verify()
-        assert all(block.norm.weight is shared for block in model.blocks)
-        assert_books_agree(model, optimizer)
-
-
-def test_layers_that_share_only_a_part_are_refused():
-    model = Plain()
-    model.blocks[3].norm.weight = model.blocks[1].norm.weight
-    with pytest.raises(InputError, match=r"blocks.1 and blocks.3 share some .*untied="):
-        TiedLayers(model)
-    TiedLayers(model, untied=["norm.weight"]).apply(Tying.all_tied(6))
-
-
-def test_a_model_that_comes_tied_is_read_off_its_storage():
-    model = Plain()
-    for layer, owner in [(1, 0), (4, 3), (5, 3)]:
-        for (name, _), p in zip(
-            blocks_of(model)[layer].named_parameters(), parameters_of(model)[owner], strict=True
-        ):
-            path, _, attribute = name.rpartition(".")
-            setattr(blocks_of(model)[layer].get_submodule(path), attribute, p)
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer)
-    assert layers.tying == Tying((0, 0, 2, 3, 3, 3))
-    layers.verify()
-    layers.apply(Tying.independent(6))
-    assert_storage_is(model, Tying.independent(6))
-    assert_books_agree(model, optimizer)
-
-
-def test_a_parameter_that_a_block_uses_twice_stays_one():
-    model = Plain(4)
-    for block in model.blocks:
-        block.twin = nn.LayerNorm(8)
-        block.twin.weight = block.norm.weight
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer)
-    for tying in (Tying.all_tied(4), Tying((0, 0, 2, 2)), Tying.independent(4)):
-        layers.apply(tying)
-        layers.verify()
-        assert all(block.twin.weight is block.norm.weight for block in model.blocks)
-        assert_books_agree(model, optimizer)
-    assert len({id(block.twin.weight) for block in model.blocks}) == 4
-
-
-def test_frozen_layers_stay_frozen():
-    model = Plain(3)
-    model.blocks.requires_grad_(False)
-    layers = TiedLayers(model)
-    layers.apply(Tying.all_tied(3))
-    layers.apply(Tying.independent(3))
-    assert not any(p.requires_grad for p in model.blocks.parameters())
-
-
-def test_modules_that_keep_their_own_list_of_weights_use_the_shared_ones():
-    """torch's recurrent networks run on such a list."""
-    model = nn.Module()
-    model.blocks = nn.ModuleList(nn.GRU(4, 4) for _ in range(3))
-    x = torch.randn(2, 1, 4)
-    layers = TiedLayers(model)
-    dropped = weakref.ref(model.blocks[1].weight_hh_l0)
-    layers.apply(Tying((0, 0, 2)))
-    assert dropped() is None
-    assert torch.equal(model.blocks[0](x)[0], model.blocks[1](x)[0])
-    layers.apply(Tying.independent(3))
-    with torch.no_grad():
-        for p in model.blocks[0].parameters():
-            p.zero_()
-    assert not torch.equal(model.blocks[0](x)[0], model.blocks[1](x)[0])
 
 
 # Other models

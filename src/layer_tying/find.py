@@ -50,6 +50,9 @@ def find_layers(
 ) -> LayerStack:
     """Find the list of layers in a model and check that they can share weights.
 
+    The lists of a model are its outermost ones of two or more modules of one class. Where several
+    hold equal blocks one must be named; where there is only one list, it is taken.
+
     Args:
         model: any module.
         layers: the dotted name of a ``ModuleList`` or ``Sequential``, or several; None to search.
@@ -59,9 +62,6 @@ def find_layers(
     Raises:
         InputError: if there is no such list or more than one, if layers differ, or if the model is
             wrapped for many processes in a way that does not notice parameters that are exchanged.
-
-    The lists of a model are its outermost ones of two or more modules of one class. Where several
-    hold equal blocks one must be named; where only one list is there, it is taken.
     """
     if isinstance(model, DistributedDataParallel):
         raise InputError(

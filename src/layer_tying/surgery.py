@@ -11,7 +11,7 @@ its hooks and its slot in the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -112,12 +112,12 @@ class TiedLayers:
         if self._tying_in_storage() != self.tying:
             raise InputError(
                 "the layers' weights were exchanged by something else since they were last tied: "
-                "load_state_dict(assign=True) and a second TiedLayers do that, leave them out"
+                "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
             )
         self._take_out_of_books()
         sources = storage_sources(self.tying, tying)
         old = {source: self.parameters(source) for source, _ in sources.values()}
-        self._drop_moments_of(self._layers_that_lose_moments(tying))
+        self.drop_moments(self._layers_that_lose_moments(tying))
         for layer, owner in enumerate(tying.owners):
             self._point(layer, old[sources[owner][0]])
         for owner, (source, needs_copy) in sources.items():
@@ -217,7 +217,8 @@ class TiedLayers:
             else:
                 read_as_they_are(slots)
 
-    def _drop_moments_of(self, layers: set[int]) -> None:
+    def drop_moments(self, layers: Iterable[int]) -> None:
+        """Forget the optimizer's state of the parameters that these layers use."""
         for ledger in self._ledgers:
             for layer in layers:
                 ledger.drop_moments(self.parameters(layer).values())
