@@ -18,7 +18,7 @@ POSITIVE = st.floats(0, 1e6, exclude_min=True)
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="/.\0"), min_size=1)
 VALID = st.fixed_dictionaries(
     {
-        "policy": st.sampled_from([name for name in POLICIES if name != "fixed"]),
+        "policy": st.sampled_from([name for name in POLICIES if name not in ("fixed", "recorded")]),
         "family": st.sampled_from(FAMILIES),
         "dataset": NAME,
         "nlayers": st.integers(2, 64),
@@ -87,6 +87,19 @@ REFUSED = [
     ({"every": 11, "max_steps": 10}, "11"),
     ({"policy": "fixed"}, "--owners"),
     ({"policy": "none", "owners": "0,0"}, "--owners"),
+    ({"owners": "0,0", "policy": "fixed", "source": "runs/a"}, "--from"),
+    ({"policy": "recorded"}, "--from"),
+    ({"source": "runs/a"}, "dqn"),
+    ({"permute": 0}, "dqn"),
+    ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
+    *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
+    *[({"activate_at": 0.5, "policy": policy}, policy) for policy in ("none", "dqn", "random")],
+    ({"activate_at": 0.5, "policy": "recorded", "source": "runs/a"}, "recorded"),
+    ({"every": 11, "max_steps": 10, "policy": "all", "activate_at": 0.5}, "11"),
+    ({"sharing": "some"}, "'some'"),
+    ({"task": "wnli", "source": "runs/a"}, "'wnli'"),
+    ({"task": "rte"}, "--from"),
+    ({"task": "rte", "source": "runs/a", "family": "vit"}, "vit"),
     ({"exp": ""}, "''"),
     ({"exp": "/run"}, "'/run'"),
     ({"exp": "../run"}, "'../run'"),
@@ -107,6 +120,12 @@ def test_what_is_out_of_range_is_refused_in_one_line(values, said):
 def test_choices_are_listed():
     with pytest.raises(InputError, match=r"cycle-reverse.*got 'dqm'"):
         TrainConfig(policy="dqm")
+
+
+def test_the_usual_data_set_is_one_that_the_family_reads():
+    assert TrainConfig(family="vit").dataset == "digits"
+    assert TrainConfig(family="vit", dataset="cifar10").dataset == "cifar10"
+    assert TrainConfig(task="rte", policy="none", source="runs/a").dataset == "rte"
 
 
 def test_a_pattern_decides_nothing_so_that_k_does_not_matter():
@@ -137,12 +156,20 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         **{"gradient": "owner", "moments": "fresh", "initial": "none", "reward": "perplexity"},
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
-        **{"eval_every": 7, "eval_batches": 7, "seed": 1},
+        **{"eval_every": 7, "eval_batches": 7, "seed": 1, "sharing": "frozen"},
     }
     base = TrainConfig()
-    if each.name == "owners":
-        base = TrainConfig(policy="fixed", owners="0,0,2")
-        changed = replace(base, owners="0,1,1")
+    pairs = {  # of settings that need others
+        "owners": ({"policy": "fixed", "owners": "0,0,2"}, "0,1,1"),
+        "source": ({"policy": "fixed", "source": "runs/a"}, "runs/b"),
+        "permute": ({"policy": "recorded", "source": "runs/a"}, 0),
+        "activate_at": ({"policy": "all"}, 0.5),
+        "task": ({"task": "rte", "source": "runs/a", "dataset": "glue"}, "cola"),
+    }
+    if each.name in pairs:
+        settings, value = pairs[each.name]
+        base = TrainConfig(**settings)
+        changed = replace(base, **{each.name: value})
     else:
         default = getattr(base, each.name)
         changed = replace(base, **{each.name: other.get(each.name, default and default * 2)})

@@ -10,7 +10,8 @@ Facts:
 """
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,23 @@ from layer_tying.tokenizer import Tokenizer
 
 T = TypeVar("T")
 IGNORED = -100
+REWARD_SEED = 1_000_003  # added to a run's seed for the agent's batches, to keep them apart
+
+
+class Stream(Protocol):
+    """An endless, resumable stream of batches: whatever arrays its workload understands."""
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Where the stream is: JSON-able."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from there."""
+        ...
 
 
 class ShuffledBatches(ABC, Generic[T]):
@@ -73,6 +91,26 @@ class ShuffledBatches(ABC, Generic[T]):
         self._epoch: int = epoch
         self._position: int = 0
         self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+
+
+def rows_of_rank(batch: Any, rank: int, world_size: int) -> tuple[Any, float]:
+    """One process's rows of a batch that several processes share, and what they weigh.
+
+    Args:
+        batch: arrays of equally many rows: (inputs, labels), or a dict that has ``labels``.
+        rank, world_size: row i goes to process i modulo ``world_size``.
+
+    Returns:
+        The rows, and a weight such that the mean over processes of weight times the mean over a
+        process's predictions is the mean over the predictions of the whole batch.
+    """
+    rows = slice(rank, None, world_size)
+    if isinstance(batch, dict):
+        labels, mine = batch["labels"], {name: array[rows] for name, array in batch.items()}
+    else:
+        labels, mine = batch[1], tuple(array[rows] for array in batch)
+    predicted = labels != IGNORED
+    return mine, float(world_size * predicted[rows].sum() / predicted.sum())
 
 
 class Batches(ShuffledBatches[tuple[np.ndarray, np.ndarray]]):

@@ -1,4 +1,4 @@
-"""The command: ``layer-tying train | compare | evaluate | report``.
+"""The command: ``layer-tying train | compare | finetune | recipe | evaluate | report``.
 
 Wrong input ends in one line and exit code 2; an interrupted run has saved what it had and ends with
 exit code 130.
@@ -16,12 +16,23 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from layer_tying.config import POLICIES, TrainConfig
+from layer_tying.config import POLICIES, SHAPE, TrainConfig
 from layer_tying.errors import InputError
+from layer_tying.glue import TASKS
+from layer_tying.recipes import SCALES, TYINGS, recipes, runs_first
 
 INTERRUPTED = 130
+# What cannot be chosen when a run is fine-tuned: it is the run's, or the policy's.
+NOT_WHEN_FINETUNING = (*SHAPE, "policy", "task", "source", "dataset", "groups", "owners")
+NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")
+SCORES = {  # of a test split, as they are printed
+    "last_word_accuracy": "last-word accuracy",
+    "accuracy": "accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "f1": "F1",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,28 +66,51 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one model, tied as a policy decides")
-    _add_config(train)
-    train.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    _add_config(train, leave_out=("task",))
+    _add_going_on(train)
     train.set_defaults(run=_train)
 
     compare = commands.add_parser("compare", help="train the same model under several policies")
-    _add_config(compare, leave_out=("policy",))
+    _add_config(compare, leave_out=("policy", "task"))
     compare.add_argument(
         "--policies",
         type=lambda text: text.split(","),
         default=["none", "dqn"],
         help=f"which, separated by commas, of {', '.join(POLICIES)} (default: none,dqn)",
     )
-    compare.add_argument("--resume", action="store_true", help="go on where it stopped")
-    compare.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_going_on(compare)
     compare.set_defaults(run=_compare)
+
+    finetune = commands.add_parser("finetune", help="fine-tune a run's best weights for GLUE")
+    finetune.add_argument("--task", choices=TASKS, required=True, help="what for")
+    finetune.add_argument("--from", dest="source", metavar="RUN", required=True, help="the run")
+    finetune.add_argument(
+        "--tying",
+        choices=tuple(TYINGS),
+        default="keep",
+        help="keep the run's tying, go on from it with the paper's agent, or untie all layers "
+        "(default: keep)",
+    )
+    finetune.add_argument("--exp", help="name of the new run (default: RUN's, the task, the tying)")
+    _add_config(finetune, leave_out=NOT_WHEN_FINETUNING)
+    _add_going_on(finetune)
+    finetune.set_defaults(run=_finetune, lr=3e-4, epochs=3)
+
+    recipe = commands.add_parser("recipe", help="train a row of the paper")
+    recipe.add_argument("name", nargs="?", metavar="NAME", help="one of those that --list lists")
+    recipe.add_argument("--list", action="store_true", help="list the recipes")
+    recipe.add_argument("--scale", choices=SCALES, default="small", help="(default: small)")
+    recipe.add_argument("--output-dir", "--output_dir", help="(default: runs/SCALE)")
+    recipe.add_argument("--data-dir", "--data_dir", help="where local data sets lie")
+    _add_going_on(recipe)
+    recipe.set_defaults(run=_recipe)
 
     evaluate = commands.add_parser("evaluate", help="score a run's best weights")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("--split", choices=("validation", "test"), default="test")
     evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
     evaluate.set_defaults(run=_evaluate)
+
 
     report = commands.add_parser("report", help="make one page of figures and tables of runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -85,24 +119,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_going_on(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on where it stopped")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
 def _add_config(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
     """A flag for each field of the configuration, spelt with hyphens or underscores."""
     for each in fields(TrainConfig):
         if each.name not in leave_out:
-            names = dict.fromkeys((f"--{each.name.replace('_', '-')}", f"--{each.name}"))
+            names = dict.fromkeys((_flag_of(each), f"--{each.metadata['name'] or each.name}"))
             help = each.metadata["help"]
             if str(each.type) == "bool":
                 parser.add_argument(*names, action="store_true", help=help)
                 continue
-            shown = "" if each.default is None else f" (default: {each.default})"
+            shown = "" if each.default in (None, "") else " (default: %(default)s)"
             parser.add_argument(
                 *names,
+                dest=each.name,
                 type=_type_of(each),
                 default=each.default,
                 choices=each.metadata["choices"],
-                metavar=each.name.upper() if not each.metadata["choices"] else None,
+                metavar=None if each.metadata["choices"] else each.name.upper(),
                 help=help + shown,
             )
+
+
+def _flag_of(each: Field[object]) -> str:
+    return f"--{(each.metadata['name'] or each.name).replace('_', '-')}"
 
 
 def _type_of(each: Field[object]) -> type:
@@ -110,36 +154,73 @@ def _type_of(each: Field[object]) -> type:
 
 
 def _config(options: argparse.Namespace, **given: object) -> TrainConfig:
-    values = {
-        each.name: getattr(options, each.name)
-        for each in fields(TrainConfig)
-        if each.name not in given
-    }
+    names = {each.name for each in fields(TrainConfig)}
+    values = {name: value for name, value in vars(options).items() if name in names}
     return TrainConfig(**values, **given)  # type: ignore[arg-type]
 
 
 def _train(options: argparse.Namespace) -> int:
+    return _train_and_report(_config(options), options)
+
+
+def _train_and_report(config: TrainConfig, options: argparse.Namespace) -> int:
     from layer_tying.train import Interrupted, train
 
     try:
-        summary = train(_config(options), resume=options.resume, overwrite=options.overwrite)
+        summary = train(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:
         print(f"layer-tying: {stop}", file=sys.stderr)
         return INTERRUPTED
-    folder = Path(options.output_dir) / options.exp
     if int(os.environ.get("RANK", "0")) == 0:
         from layer_tying.report import write_report
 
-        write_report([folder], folder / "report.html")
-        print(_outcome(summary, folder))
+        write_report([config.folder], config.folder / "report.html")
+        print(_outcome(summary, config))
     return 0
 
 
-def _outcome(summary: dict[str, object], folder: Path) -> str:
-    score = f"perplexity {summary['validation_perplexity']:.3f} on validation"
+def _outcome(summary: dict[str, Any], config: TrainConfig) -> str:
+    test = "dev" if config.task else "test"
+    scores = [f"{label} {summary[name]:.3f}" for name, label in SCORES.items() if name in summary]
+    scores.append(f"perplexity {summary['test_perplexity']:.3f} on {test}")
+    validation = f"{summary['validation_perplexity']:.3f} on validation"
     layers = f"{summary['independent_layers_end']} of {summary['num_layers']} layers independent"
-    test = f"{summary['test_perplexity']:.3f} on test"
-    return f"{score}, {test}; {layers} at the end; {folder / 'report.html'}"
+    page = config.folder / "report.html"
+    return f"{', '.join(scores)}, {validation}; {layers} at the end; {page}"
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    """The shape of the model is the run's; all else is chosen anew."""
+    from layer_tying.runlog import RunLog
+
+    run = Path(options.source)
+    pretrained = RunLog(run).config()
+    config = _config(
+        options,
+        policy=TYINGS[options.tying],
+        exp=options.exp or f"{run.name}-{options.task}-{options.tying}",
+        data_dir=options.data_dir or pretrained.data_dir,
+        **{name: getattr(pretrained, name) for name in SHAPE},
+    )
+    return _train_and_report(config, options)
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    rows = recipes(options.scale, options.output_dir)
+    if options.list:
+        for name, config in rows.items():
+            needs = f"  (after {Path(config.source).name})" if config.source else ""
+            print(f"{name}{needs}")
+        return 0
+    if options.name not in rows:
+        raise InputError(f"unknown recipe {options.name!r}: see layer-tying recipe --list")
+    config = replace(rows[options.name], data_dir=options.data_dir)
+    if first := runs_first(config):
+        raise InputError(
+            f"{options.name} starts from {config.source}, which has not ended: "
+            f"first run layer-tying recipe {first} with the same options"
+        )
+    return _train_and_report(config, options)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -172,7 +253,7 @@ def _run_one(config: TrainConfig, options: argparse.Namespace) -> int:
     for each in fields(TrainConfig):
         value = getattr(config, each.name)
         if value != each.default:
-            name = f"--{each.name.replace('_', '-')}"
+            name = _flag_of(each)
             flags += [name] if value is True else [f"{name}={value}"]
     if options.overwrite:
         flags.append("--overwrite")

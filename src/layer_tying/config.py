@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from layer_tying.errors import InputError
+from layer_tying.glue import TASKS
 from layer_tying.policies import PATTERNS
 
 DECIDING = ("dqn", "random")  # the policies that change the tying while a model trains
-POLICIES = (*DECIDING, "fixed", *PATTERNS)
+POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
 FAMILIES = ("gpt2", "llama", "bert", "vit")
+# What a fine-tuned model has from the run it starts from.
+SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
 
 
-def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _flag(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, name: str | None = None
+) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "name": name})
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,25 @@ class TrainConfig:
     policy: str = _flag("dqn", "who decides which layers are tied", POLICIES)
     groups: int | None = _flag(None, "number of groups of a static pattern that needs one")
     owners: str | None = _flag(None, "the pattern of --policy fixed, such as 0,0,2,2")
+    source: str | None = _flag(
+        None, "the run whose last pattern is fixed, or whose decisions are recorded", name="from"
+    )
+    permute: int | None = _flag(
+        None, "seed of a permutation of the layers, to which what was recorded is applied"
+    )
+    activate_at: float | None = _flag(
+        None, "share of the run that a static pattern waits, all layers being independent"
+    )
+    sharing: str = _flag(
+        "tied",
+        "what becomes of a layer that is not independent; frozen: it keeps its own weights",
+        ("tied", "frozen"),
+    )
+    task: str | None = _flag(None, "the GLUE task to fine-tune for", TASKS)
     family: str = _flag("gpt2", "the kind of transformer", FAMILIES)
-    dataset: str = _flag("pydocs", "a data set's name, or the path of a text file or folder")
+    dataset: str = _flag(
+        "", "a data set's name, or the path of a text file or folder (default: pydocs; vit: digits)"
+    )
     data_dir: str | None = _flag(None, "where local data sets lie (else $LAYER_TYING_DATA)")
     tokenizer: str = _flag("bytes", "bytes, bpe:N (learned), gpt2, bert-base-uncased, or a path")
     objective: str = _flag("masked", "what BERT learns to predict", ("masked", "causal"))
@@ -58,11 +80,15 @@ class TrainConfig:
     every: int = _flag(50, "k, the optimizer steps between decisions")
     gradient: str = _flag("sum", "whose gradient a shared weight gets", ("sum", "owner"))
     moments: str = _flag("copy", "optimizer state of a newly independent layer", ("copy", "fresh"))
-    initial: str = _flag("all", "the tying that a deciding policy starts from", ("all", "none"))
+    initial: str = _flag(
+        "all",
+        "what a deciding policy starts from; frozen: all tied in name, but not yet in memory",
+        ("all", "none", "frozen"),
+    )
     reward: str = _flag(
         "log-perplexity",
-        "what the agent maximises, on a training batch: minus this",
-        ("log-perplexity", "perplexity"),
+        "what the agent maximises on a training batch: minus the (log-)perplexity, or accuracy",
+        ("log-perplexity", "perplexity", "accuracy"),
     )
     precision: str = _flag(
         "auto", "auto takes bf16 where it is measured to be faster", ("auto", "fp32", "bf16")
@@ -79,6 +105,9 @@ class TrainConfig:
     log_with: str | None = _flag(None, "also log to a tracker", ("tensorboard", "wandb", "mlflow"))
 
     def __post_init__(self) -> None:
+        if not self.dataset:
+            usual = self.task or ("digits" if self.family == "vit" else "pydocs")
+            object.__setattr__(self, "dataset", usual)
         for each in fields(self):
             choices = each.metadata["choices"]
             value = getattr(self, each.name)
@@ -89,8 +118,7 @@ class TrainConfig:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
         if self.max_steps is not None:
             self.check_every(self.max_steps)
-        if (self.policy == "fixed") != (self.owners is not None):
-            raise InputError("policy fixed and --owners go together, such as --owners 0,0,2,2")
+        self._check_source()
         parts = Path(self.exp).parts  # none of "" and "."
         if not parts or Path(self.exp).is_absolute() or ".." in parts:
             raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
@@ -100,7 +128,7 @@ class TrainConfig:
             **dict.fromkeys(("nhead", "emsize", "bptt", "batch_size", "eval_batch_size"), 1),
             **dict.fromkeys(("accumulate", "epochs", "max_steps", "every", "log_every"), 1),
             **dict.fromkeys(("eval_every", "eval_batches", "save_every", "groups"), 1),
-            **dict.fromkeys(("seed", "weight_decay"), 0),
+            **dict.fromkeys(("seed", "weight_decay", "permute"), 0),
             "nlayers": 2,
         }
         for name, least in at_least.items():
@@ -118,10 +146,46 @@ class TrainConfig:
         for name in ("dropout", "warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is between 0 and 1, got {getattr(self, name)}")
+        if self.activate_at is not None and not 0 <= self.activate_at < 1:
+            raise InputError(f"activate_at is at least 0 and below 1, got {self.activate_at}")
+
+    def _check_source(self) -> None:
+        """What says whose tying is used, and when, has to fit the policy."""
+        if self.task:
+            if self.family == "vit":
+                raise InputError(f"task {self.task} is one of text, and family vit reads images")
+            if not self.source:
+                raise InputError(f"task {self.task} needs --from RUN, the run to fine-tune")
+        elif self.policy == "recorded" and not self.source:
+            raise InputError("policy recorded needs --from RUN, the run to replay")
+        elif self.source and self.policy not in ("recorded", "fixed"):
+            raise InputError(f"source: --from does not go with policy {self.policy}")
+        if self.owners is not None and self.policy != "fixed":
+            raise InputError(f"owners: --owners goes with policy fixed, not with {self.policy}")
+        if self.policy == "fixed" and (self.owners is None) == (self.source is None):
+            raise InputError("policy fixed needs one of --owners, such as 0,0,2,2, and --from RUN")
+        if self.permute is not None and self.policy != "recorded":
+            raise InputError(f"permute goes with policy recorded, not with {self.policy}")
+        is_static = self.policy in ("fixed", *PATTERNS) and self.policy != "none"
+        if self.activate_at is not None and not is_static:
+            raise InputError(
+                f"activate_at goes with a static pattern that ties, not with policy {self.policy}"
+            )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the tying may change while the model trains."""
+        return self.policy in (*DECIDING, "recorded") or self.activate_at is not None
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a layer that is not independent may be frozen instead of tied."""
+        starts_frozen = self.policy in DECIDING and self.initial == "frozen"
+        return self.sharing == "frozen" or starts_frozen
 
     def check_every(self, num_steps: int) -> None:
         """Raise an InputError if a policy would decide once only in a run of so many steps."""
-        if self.policy in DECIDING and self.every > num_steps:
+        if self.decides and self.every > num_steps:
             raise InputError(
                 f"every {self.every} is more than the {num_steps} steps of the run: "
                 f"the policy would decide only once; take a smaller --every or more steps"

@@ -7,12 +7,14 @@ reported per token, per byte, and per word where the data set is tokenised into 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from layer_tying import parallel
 
 IGNORED = -100  # the label of a position that is not predicted, as in torch and transformers
 
@@ -42,12 +44,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def mean_loss(loss_and_count: Iterable[tuple[Tensor, int]]) -> float:
-    """The mean loss per predicted item over batches of (mean loss, number of items)."""
-    total, count = 0.0, 0
+    """The mean loss per predicted item over all ranks' batches of (mean loss, number of items)."""
+    total, count = 0.0, 0.0
     for loss, items in loss_and_count:
         if items:  # the mean of nothing is not a number
             total += float(loss) * items
             count += items
+    total, count = parallel.sums(total, count)
     return total / count
 
 
@@ -69,6 +72,26 @@ def word_perplexity(loss: float, num_tokens: int, num_words: int) -> float:
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
     """The share of equal entries."""
     return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
+
+
+def most_likely(logits: Tensor) -> np.ndarray:
+    """The index of the largest of the logits [..., classes], int64 [...]."""
+    return logits.argmax(-1).cpu().numpy()
+
+
+def class_scores(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Loss, its exponential and accuracy of logits [N, classes] against labels [N]."""
+    loss = float(cross_entropy(logits, torch.from_numpy(labels)))
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "accuracy": accuracy(most_likely(logits), labels),
+    }
+
+
+def slices(number: int, size: int, max_slices: int | None = None) -> list[slice]:
+    """Rows 0..number in slices of a size, at most so many."""
+    return [slice(start, start + size) for start in range(0, number, size)][:max_slices]
 
 
 def matthews_correlation(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -105,7 +128,7 @@ def _confusion(predicted: np.ndarray, labels: np.ndarray) -> tuple[int, int, int
 
 
 def last_word_accuracy(
-    passages: Iterable[tuple[str, str]],
+    passages: Sequence[tuple[str, str]],
     encode: Callable[[str], np.ndarray],
     logits_of: Callable[[Tensor], Tensor],
     max_length: int,
@@ -119,10 +142,11 @@ def last_word_accuracy(
         max_length: the longest input; contexts are cut from the left.
     """
     hits = []
-    for context, word in passages:
+    for context, word in parallel.dealt(passages):
         target = encode(" " + word)
         tokens = np.concatenate([encode(context), target])[-(max_length + 1) :]
         inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
         best = logits_of(inputs)[0, -len(target) :].argmax(-1).cpu().numpy()
         hits.append(bool(np.array_equal(best, target[-len(best) :])))
-    return float(np.mean(hits))
+    correct, passages_seen = parallel.sums(sum(hits), len(hits))
+    return correct / passages_seen

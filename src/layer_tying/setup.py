@@ -11,7 +11,8 @@ from torch import nn
 from layer_tying.config import DECIDING, TrainConfig
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
-from layer_tying.policies import Policy, RandomPolicy, pattern
+from layer_tying.policies import Policy, RandomPolicy, Schedule, pattern
+from layer_tying.source import best_checkpoint, final_tying, recorded_tyings
 from layer_tying.tying import Tying
 
 
@@ -39,22 +40,51 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     return "bf16" if seconds[True] < 0.8 * seconds[False] else "fp32"
 
 
-def starting_point(config: TrainConfig) -> tuple[Tying, Policy | None]:
+def starting_point(config: TrainConfig, num_steps: int) -> tuple[Tying, Policy | None]:
     """The tying a run starts from, and the policy that changes it (None for a static pattern)."""
     if config.policy in DECIDING:
-        start = pattern(config.initial, config.nlayers)
+        start = best_checkpoint(config).tying if config.task else _initial(config)
         if config.policy == "random":
             return start, RandomPolicy(config.seed)
         return start, DQN(config.nlayers, seed=config.seed)
+    if config.policy == "recorded":
+        start, *later = recorded_tyings(config)
+        return start, Schedule(later)
+    tying = _static_tying(config)
+    if config.activate_at is None:
+        return tying, None
+    return Tying.independent(config.nlayers), _late(config, tying, num_steps)
+
+
+def _initial(config: TrainConfig) -> Tying:
+    """What a deciding policy starts from: layers that start frozen are tied in name."""
+    return pattern("none" if config.initial == "none" else "all", config.nlayers)
+
+
+def _static_tying(config: TrainConfig) -> Tying:
     if config.policy != "fixed":
-        return pattern(config.policy, config.nlayers, config.groups), None
+        return pattern(config.policy, config.nlayers, config.groups)
+    if config.source:
+        return best_checkpoint(config).tying if config.task else final_tying(config)
     try:
         tying = Tying(tuple(int(owner) for owner in str(config.owners).split(",")))
     except ValueError as error:
         raise InputError(f"--owners {config.owners!r}: {error}") from None
     if tying.num_layers != config.nlayers:
         raise InputError(f"--owners names {tying.num_layers} layers, --nlayers is {config.nlayers}")
-    return tying, None
+    return tying
+
+
+def _late(config: TrainConfig, tying: Tying, num_steps: int) -> Schedule:
+    """All layers independent, until the first decision after a share of the run."""
+    assert config.activate_at is not None
+    waiting = math.ceil(config.activate_at * num_steps / config.every)
+    if waiting * config.every >= num_steps:
+        raise InputError(
+            f"activate_at {config.activate_at} comes after the last decision of {num_steps} steps "
+            f"with one every {config.every}: take a smaller --every or --activate-at"
+        )
+    return Schedule([Tying.independent(config.nlayers)] * waiting + [tying])
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:

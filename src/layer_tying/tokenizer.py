@@ -24,6 +24,7 @@ from layer_tying.errors import InputError
 from layer_tying.files import data_folder, first_existing, from_hub, place, read_text
 
 BYTES = "bytes"
+FOLDER = "tokenizer"  # where a run folder keeps its own
 PUBLISHED = {  # name -> (repository on the hub, the files to look for in a local folder)
     "gpt2": ("openai-community/gpt2", "vocab.json and merges.txt"),
     "bert-base-uncased": ("google-bert/bert-base-uncased", "vocab.txt"),

@@ -7,6 +7,7 @@ line a decision), ``checkpoints/`` and, once it has ended, ``summary.json``.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,9 +18,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from layer_tying import checkpoint, setup
+from layer_tying import checkpoint, parallel, setup
+from layer_tying.ablations import FrozenLayers
+from layer_tying.batches import rows_of_rank
 from layer_tying.config import TrainConfig, first_difference
-from layer_tying.dynamic import DynamicTying
+from layer_tying.dynamic import DynamicTying, Layers
 from layer_tying.errors import InputError
 from layer_tying.evaluate import evaluating, perplexity
 from layer_tying.interrupt import stop_requests
@@ -27,11 +30,21 @@ from layer_tying.memory import ModelState, model_state, peak_bytes
 from layer_tying.models import build_model
 from layer_tying.policies import Policy
 from layer_tying.runlog import RunLog, decision_line, environment, start_line
+from layer_tying.source import best_checkpoint, load_backbone
 from layer_tying.surgery import TiedLayers
 from layer_tying.tally import Stopwatch, Tally
+from layer_tying.tying import Tying
 from layer_tying.workload import build_workload
 
 KEPT_CHECKPOINTS = 2
+# Scores of the test split that the summary gives under their own names as well.
+HEADLINES = (
+    "bits_per_byte",
+    "last_word_accuracy",
+    "accuracy",
+    "matthews_correlation",
+    "f1",
+)
 LOGGED_Q_VALUES = 8  # decisions whose whole Q-matrix is logged, over a run
 
 
@@ -51,21 +64,39 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         InputError: if the data, the folder or the checkpoint to go on from cannot be used.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    accelerator = Accelerator(log_with=config.log_with, project_dir=config.folder)
+    accelerator = _accelerator(log_with=config.log_with, project_dir=config.folder)
     log = RunLog(config.folder, active=accelerator.is_main_process)
+    if config.batch_size % parallel.world_size():
+        raise InputError(
+            f"batch_size {config.batch_size} is that of all processes together, and not divisible "
+            f"by the {parallel.world_size()} there are"
+        )
     if resume:
         config = _as_it_was(log.config(), config)
     else:
-        config = replace(config, precision=setup.resolve_precision(config, accelerator.device))
+        precision = setup.resolve_precision(config, accelerator.device)
+        config = replace(config, precision=parallel.from_rank_0(precision))
     training = Training(config, accelerator, log)  # reads the data: may refuse
     if resume:
         training.restore()
     else:
-        log.start(config, overwrite)
-        log.decision(**start_line(training.layers.tying))
+        parallel.on_rank_0(lambda: training.start_log(overwrite))
+        log.config()  # is the folder in sight of every process?
     with stop_requests() as stop_requested:
         training.run(stop_requested)
     return training.finish()
+
+
+def _accelerator(**options: Any) -> Accelerator:
+    """The device, and the other processes where a launcher started several."""
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != parallel.world_size():
+        raise InputError(
+            f"{launched} processes were launched, but accelerate joins none of them on "
+            f"{accelerator.device.type}: launch one, or add --cpu to accelerate launch"
+        )
+    return accelerator
 
 
 def _as_it_was(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
@@ -82,7 +113,7 @@ def _as_it_was(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
 
 def measured_precision(config: TrainConfig) -> str:
     """The precision that this machine's device trains the configuration in."""
-    return setup.resolve_precision(config, Accelerator().device)
+    return setup.resolve_precision(config, _accelerator().device)
 
 
 def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[str, float]:
@@ -101,9 +132,13 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
     workload = build_workload(replace(config, data_dir=data_dir or config.data_dir))
     if best.facts["data"] != workload.facts:
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
-    model = build_model(workload.model_config, best.tying, device=Accelerator().device)
+    model = build_model(workload.model_config, best.tying, device=_accelerator().device)
     best.load_weights(model)
     return workload.scores(model, split)
+
+
+def _my_rows(batch: Any) -> tuple[Any, float]:
+    return rows_of_rank(batch, parallel.rank(), parallel.world_size())
 
 
 class Training:
@@ -118,40 +153,57 @@ class Training:
         self.num_steps = config.max_steps or max(1, batches // config.accumulate)
         self.eval_every = config.eval_every or max(1, self.num_steps // 10)
         self.save_every = config.save_every or self.eval_every
-        torch.manual_seed(config.seed)
-        start, policy = setup.starting_point(config)
-        self.model = build_model(self.workload.model_config, start, device=accelerator.device)
+        self.model_config = self.workload.model_config.to_dict()  # as those who use it want it
+        torch.manual_seed(config.seed)  # the same weights on all ranks
+        start, policy = setup.starting_point(config, self.num_steps)
+        in_memory = Tying.independent(config.nlayers) if config.freezes else start
+        self.model = build_model(self.workload.model_config, in_memory, device=accelerator.device)
         self.model.config.use_cache = False
+        if config.task:
+            load_backbone(best_checkpoint(config), self.model)
         if config.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = setup.adamw(self.model, config)
-        self.tying, self.layers = self._tie(policy)
+        self.storage = TiedLayers(
+            self.model,
+            self.optimizer,
+            gradient=config.gradient,  # type: ignore[arg-type]
+            moments=config.moments,  # type: ignore[arg-type]
+        )
+        self.layers: Layers = self.storage
+        if config.freezes:
+            self.layers = FrozenLayers(self.storage, start, copies=config.sharing == "tied")
+        self.tying = self._put_in_charge(policy) if policy else None
         if config.compile:
             for block in self.layers.stack.blocks:
                 block.compile()
+        if parallel.rank():
+            torch.manual_seed(config.seed + parallel.rank())  # but not the same dropout
         self.tally = Tally()
         self.clock = Stopwatch(accelerator.device)
         self.state: ModelState | None = None  # what is held; None after it may have changed
         self.best: dict[str, float] = {"step": 0, "loss": math.inf}
         self.validation_perplexity = math.nan
 
-    def _tie(self, policy: Policy | None) -> tuple[DynamicTying | None, TiedLayers]:
-        """Put the policy in charge of the layers; a static pattern stays as it was built."""
-        options: dict[str, Any] = {
-            "gradient": self.config.gradient,
-            "moments": self.config.moments,
-        }
-        if policy is None:
-            return None, TiedLayers(self.model, self.optimizer, **options)
-        tying = DynamicTying(
+    def _put_in_charge(self, policy: Policy) -> DynamicTying:
+        return DynamicTying(
             self.model,
             self.optimizer,
             every=self.config.every,
             policy=policy,
             initial="keep",
-            **options,
+            layers=self.layers,
         )
-        return tying, tying.layers
+
+    def start_log(self, overwrite: bool) -> None:
+        """Make the run folder.
+
+        Raises:
+            InputError: if it cannot be made, or holds a run that may not be overwritten.
+        """
+        self.log.start(self.config, overwrite)
+        self.workload.save(self.log.folder)
+        self.log.decision(**start_line(self.layers.tying))
 
     @property
     def step(self) -> int:
@@ -170,14 +222,15 @@ class Training:
                 is_last = self.step == self.num_steps
                 scores = self._validate() if is_last or self.step % self.eval_every == 0 else {}
                 if scores or self.step % self.config.log_every == 0:
-                    loss = float(torch.stack(losses).mean())
+                    loss = parallel.mean(float(torch.stack(losses).mean()))
                     losses.clear()
                     self._log_step(loss, scores)
                     self._show(bar, loss)
                 bar.update()
-                if is_last or stop_requested() or self.step % self.save_every == 0:
+                must_stop = parallel.any_rank(stop_requested())
+                if is_last or must_stop or self.step % self.save_every == 0:
                     self._save()
-                if stop_requested() and not is_last:
+                if must_stop and not is_last:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.num_steps}; "
                         f"go on with the same command and --resume"
@@ -190,10 +243,12 @@ class Training:
             group["lr"] = rate
         total = torch.zeros((), device=self.accelerator.device)
         for _ in range(self.config.accumulate):
+            batch, weight = _my_rows(next(self.workload.batches))
             with self._autocast():
-                loss = self.workload.loss(self.model, next(self.workload.batches))
-            (loss / self.config.accumulate).backward()
-            total += loss.detach() / self.config.accumulate
+                loss = self.workload.loss(self.model, batch) * (weight / self.config.accumulate)
+            loss.backward()
+            total += loss.detach()
+        parallel.average_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         if self.state is None:
@@ -220,9 +275,12 @@ class Training:
         self.clock.lap("decide")
 
     def _reward(self) -> float:
-        """Lines 20-21: minus the (log-)perplexity of a fresh training batch."""
+        """Lines 20-21: minus the (log-)perplexity of a fresh training batch, or the accuracy."""
+        batch, weight = _my_rows(next(self.workload.reward_batches))
         with evaluating(self.model), self._autocast():
-            loss = float(self.workload.loss(self.model, next(self.workload.reward_batches)))
+            if self.config.reward == "accuracy":
+                return parallel.mean(weight * self.workload.accuracy(self.model, batch))
+            loss = parallel.mean(weight * float(self.workload.loss(self.model, batch)))
         return -perplexity(loss) if self.config.reward == "perplexity" else -loss
 
     def _validate(self) -> dict[str, float]:
@@ -233,13 +291,15 @@ class Training:
         self.validation_perplexity = scores["perplexity"]
         if scores["loss"] < self.best["loss"]:
             self.best = {"step": self.step, "loss": scores["loss"]}
-            checkpoint.save_checkpoint(
-                self.log.checkpoints / "best",
-                self.model,
-                self.layers.tying,
-                step=self.step,
-                config=asdict(self.config),
-                facts={"data": self.workload.facts, "scores": scores},
+            parallel.on_rank_0(
+                lambda: checkpoint.save_checkpoint(
+                    self.log.checkpoints / "best",
+                    self.model,
+                    self.storage.tying,
+                    step=self.step,
+                    config=asdict(self.config),
+                    facts=self._facts() | {"scores": scores},
+                )
             )
         self.clock.lap("validate")
         return scores
@@ -295,37 +355,50 @@ class Training:
     def _save(self) -> None:
         self.clock.lap("train")
         self.tally.seconds = self.clock.seconds
+        rng = parallel.gather(checkpoint.rng_state())
+        parallel.on_rank_0(lambda: self._write_checkpoint(rng))
+        self.clock.lap("save")
+
+    def _write_checkpoint(self, rng: list[dict[str, Any]]) -> None:
         checkpoint.save_checkpoint(
             checkpoint.step_folder(self.log.checkpoints, self.step),
             self.model,
-            self.layers.tying,
+            self.storage.tying,
             step=self.step,
             config=asdict(self.config),
-            facts={"data": self.workload.facts},
+            facts=self._facts(),
             training={
                 "moments": checkpoint.moments_by_name(self.model, self.optimizer),
                 "tying": self.tying.state_dict() if self.tying else None,
                 "batches": self.workload.batches.state(),
                 "reward_batches": self.workload.reward_batches.state(),
-                "rng": checkpoint.rng_state(),
+                "rng": rng,
                 "tally": asdict(self.tally),
                 "best": self.best,
                 "validation_perplexity": self.validation_perplexity,
             },
         )
         checkpoint.keep_newest(self.log.checkpoints, KEPT_CHECKPOINTS)
-        self.clock.lap("save")
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: its data, and the tying as the policy sees it."""
+        return {
+            "data": self.workload.facts,
+            "owners": list(self.layers.tying.owners),
+            "model": self.model_config,
+        }
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, exactly."""
         saved, problems = checkpoint.newest_checkpoint(self.log.checkpoints)
-        for problem in problems:
+        for problem in problems if self.accelerator.is_main_process else ():
             print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
         if saved.facts["data"] != self.workload.facts:
             raise InputError(f"cannot resume {saved.folder}: the data are not those it trained on")
         state = saved.training_state()
-        self.layers.apply(saved.tying)
+        self.storage.apply(saved.tying)
         saved.load_weights(self.model)
+        self.layers.apply(Tying(tuple(saved.facts["owners"])))
         checkpoint.load_moments_by_name(self.model, self.optimizer, state["moments"])
         if self.tying:
             self.tying.load_state_dict(state["tying"])
@@ -337,7 +410,8 @@ class Training:
         self.best = state["best"]
         self.validation_perplexity = state["validation_perplexity"]
         self.log.rewind(self.step)
-        checkpoint.set_rng_state(state["rng"])
+        if parallel.rank() < len(state["rng"]):
+            checkpoint.set_rng_state(state["rng"][parallel.rank()])
 
     def finish(self) -> dict[str, Any]:
         """Score the weights that were best on validation, and write the summary.
@@ -347,7 +421,7 @@ class Training:
         end = self.layers.tying
         at_end = model_state(self.model, [self.optimizer])
         best = checkpoint.read_checkpoint(self.log.checkpoints / "best")
-        self.layers.apply(best.tying)
+        self.storage.apply(best.tying)
         best.load_weights(self.model)
         with self._autocast():
             validation = self.workload.scores(self.model, "validation")
@@ -365,11 +439,11 @@ class Training:
             "best_step": best.step,
             **{f"validation_{name}": value for name, value in validation.items()},
             **{f"test_{name}": value for name, value in test.items()},
-            **{k: test[k] for k in ("bits_per_byte", "accuracy") if k in test},
+            **{name: test[name] for name in HEADLINES if name in test},
             "num_layers": config.nlayers,
             "independent_layers_end": end.num_independent,
             "owners_end": list(end.owners),
-            "owners_best": list(best.tying.owners),
+            "owners_best": best.facts["owners"],
             "trainable_parameters_end": at_end.num_trainable,
             "conventional_parameters": self._conventional_parameters(),
             **self.tally.means(),
@@ -384,7 +458,7 @@ class Training:
 
     def _conventional_parameters(self) -> int:
         """How many parameters would train if every layer were independent."""
-        layers = self.layers
+        layers = self.storage
         shared = sum(p.numel() for p in layers.parameters(0).values())
-        trainable = sum(p.numel() for p in self.model.parameters())
-        return trainable + shared * (layers.tying.num_layers - layers.tying.num_independent)
+        in_memory = sum(p.numel() for p in self.model.parameters())
+        return in_memory + shared * (layers.tying.num_layers - layers.tying.num_independent)

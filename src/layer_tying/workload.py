@@ -1,11 +1,12 @@
 """What is trained on what: a model's configuration, its batches, its loss and its scores.
 
-Knows nothing of tying. One class for text and one for images, with the same face.
+Knows nothing of tying. One class each for text, images and GLUE's tasks, with the same face.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,32 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layer_tying import evaluate
-from layer_tying.batches import Batches, evaluation_windows, mask_tokens
+from layer_tying import evaluate, parallel
+from layer_tying.batches import REWARD_SEED, Batches, Stream, evaluation_windows, mask_tokens
 from layer_tying.config import TrainConfig
-from layer_tying.data import Corpus, load_texts, tokenize
+from layer_tying.data import Corpus, load_lambada, load_texts, tokenize
+from layer_tying.glue import load_task
 from layer_tying.images import ImageBatches, Images, load_images
-from layer_tying.models import image_config, language_config
-from layer_tying.tokenizer import Tokenizer, load_tokenizer
+from layer_tying.models import classifier_config, image_config, language_config
+from layer_tying.tokenizer import FOLDER, Tokenizer, load_tokenizer, read_tokenizer
+from layer_tying.workload_glue import GlueWorkload
 
-Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, one example a row
-REWARD_SEED = 1_000_003  # keeps the agent's batches apart from those the model trains on
-
-
-class Stream(Protocol):
-    """An endless, resumable stream of batches."""
-
-    def __next__(self) -> Batch:
-        """The next batch."""
-        ...
-
-    def state(self) -> Mapping[str, Any]:
-        """Where the stream is: JSON-able."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Go on from there."""
-        ...
+Pair = tuple[np.ndarray, np.ndarray]  # inputs and labels, one example a row
 
 
 class Workload(Protocol):
@@ -60,8 +46,12 @@ class Workload(Protocol):
     tokens_per_batch: int
     facts: dict[str, Any]
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+    def loss(self, model: PreTrainedModel, batch: Any) -> Tensor:
         """The mean loss of a batch, in nats."""
+        ...
+
+    def accuracy(self, model: PreTrainedModel, batch: Any) -> float:
+        """The share of a batch's labels that the model finds most likely."""
         ...
 
     def scores(
@@ -70,37 +60,68 @@ class Workload(Protocol):
         """Score the ``validation`` or ``test`` split, or its first batches."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write what a model needs to be used on new data: of text, its tokenizer."""
+        ...
+
 
 def build_workload(config: TrainConfig) -> Workload:
     """The workload of a configuration: reads and tokenises its data."""
+    if config.task:
+        assert config.source is not None  # the configuration saw to it
+        task = load_task(config.task, config.data_dir)
+        tokenizer = read_tokenizer(Path(config.source) / FOLDER)
+        backbone = _text_config(config, tokenizer, causal=False)
+        return GlueWorkload(config, task, tokenizer, classifier_config(backbone, task.labels))
     if config.family == "vit":
         return ImageWorkload(config, load_images(config.dataset, config.data_dir))
     texts = load_texts(config.dataset, config.data_dir)
     tokenizer = load_tokenizer(config.tokenizer, texts.train, config.data_dir)
-    return LanguageWorkload(config, tokenize(texts, tokenizer))
+    last_words = []
+    if config.dataset == "lambada" and not is_masked(config):
+        last_words = load_lambada(config.data_dir, held_out=True)
+    return LanguageWorkload(config, tokenize(texts, tokenizer), last_words)
+
+
+def is_masked(config: TrainConfig) -> bool:
+    """Whether a model of text learns to predict masked tokens, not the next one."""
+    return config.family == "bert" and config.objective == "masked"
+
+
+def _text_config(config: TrainConfig, tokenizer: Tokenizer, causal: bool) -> PretrainedConfig:
+    return language_config(
+        config.family,
+        num_layers=config.nlayers,
+        num_heads=config.nhead,
+        hidden_size=config.emsize,
+        vocab_size=tokenizer.vocab_size,
+        max_length=config.bptt,
+        dropout=config.dropout,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        causal=causal,
+    )
 
 
 class LanguageWorkload:
-    """Next-token prediction, or masked-token prediction for BERT."""
+    """Next-token prediction, or masked-token prediction for BERT.
 
-    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
+    Args:
+        config: the run.
+        corpus: the tokenised text.
+        last_words: of LAMBADA, the (context, last word) pairs that are scored with the test split.
+    """
+
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, last_words: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self.corpus = corpus
         self.tokenizer: Tokenizer = corpus.tokenizer
-        self.masked = config.family == "bert" and config.objective == "masked"
+        self.masked = is_masked(config)
+        self._last_words = last_words
         self._length = config.bptt
         self._eval_batch_size = config.eval_batch_size
-        self.model_config = language_config(
-            config.family,
-            num_layers=config.nlayers,
-            num_heads=config.nhead,
-            hidden_size=config.emsize,
-            vocab_size=self.tokenizer.vocab_size,
-            max_length=config.bptt,
-            dropout=config.dropout,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-            causal=not self.masked,
-        )
+        self.model_config = _text_config(config, self.tokenizer, causal=not self.masked)
         train = corpus.train.tokens
         ordered = Batches(train, config.bptt, config.batch_size, config.seed)
         rewards = Batches(train, config.bptt, config.batch_size, config.seed + REWARD_SEED)
@@ -113,24 +134,35 @@ class LanguageWorkload:
     def _stream(self, batches: Batches, seed: int) -> Stream:
         return MaskedBatches(batches, self.tokenizer, seed) if self.masked else batches
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+    def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
         """Mean nats per predicted token of a batch of ids and labels, each [B, T]."""
-        inputs, labels = (torch.from_numpy(array).to(model.device) for array in batch)
-        return evaluate.cross_entropy(model(input_ids=inputs).logits, labels)
+        labels = torch.from_numpy(batch[1]).to(model.device)
+        return evaluate.cross_entropy(self._logits(model, torch.from_numpy(batch[0])), labels)
+
+    def accuracy(self, model: PreTrainedModel, batch: Pair) -> float:
+        """The share of predicted tokens that the model finds most likely."""
+        found = evaluate.most_likely(self._logits(model, torch.from_numpy(batch[0])))
+        chosen = batch[1] != evaluate.IGNORED
+        return evaluate.accuracy(found[chosen], batch[1][chosen])
+
+    @staticmethod
+    def _logits(model: PreTrainedModel, inputs: Tensor) -> Tensor:
+        return model(input_ids=inputs.to(model.device)).logits
 
     def scores(
         self, model: PreTrainedModel, split: str, max_batches: int | None = None
     ) -> dict[str, float]:
-        """Perplexity per token; bits per byte and perplexity per word where they apply."""
+        """Perplexity per token; bits per byte, per word, last-word accuracy where they apply."""
         part = getattr(self.corpus, split)
         inputs, labels = evaluation_windows(part.tokens, self._length)
         if self.masked:  # the same masks at every evaluation
             inputs, masked = mask_tokens(inputs, np.random.default_rng(0), self.tokenizer)
             labels = np.where(labels == evaluate.IGNORED, evaluate.IGNORED, masked)
+        slices = evaluate.slices(len(inputs), self._eval_batch_size, max_batches)
         with evaluate.evaluating(model):
             loss = evaluate.mean_loss(
                 (self.loss(model, (inputs[rows], labels[rows])), int((labels[rows] >= 0).sum()))
-                for rows in _slices(len(inputs), self._eval_batch_size, max_batches)
+                for rows in parallel.dealt(slices)
             )
         scores = {"loss": loss, "perplexity": evaluate.perplexity(loss)}
         if not self.masked:
@@ -138,7 +170,22 @@ class LanguageWorkload:
             scores["bits_per_byte"] = evaluate.bits_per_byte(loss, tokens, part.num_bytes)
             if words is not None:
                 scores["word_perplexity"] = evaluate.word_perplexity(loss, tokens, words)
+        if self._last_words and split == "test":
+            scores["last_word_accuracy"] = self._last_word_accuracy(model)
         return scores
+
+    def _last_word_accuracy(self, model: PreTrainedModel) -> float:
+        with evaluate.evaluating(model):
+            return evaluate.last_word_accuracy(
+                self._last_words,
+                self.tokenizer.encode,
+                lambda inputs: self._logits(model, inputs),
+                self._length,
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save(folder / FOLDER)
 
 
 class MaskedBatches:
@@ -149,7 +196,7 @@ class MaskedBatches:
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(seed)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Pair:
         inputs, _ = next(self._batches)
         return mask_tokens(inputs, self._rng, self._tokenizer)
 
@@ -189,10 +236,15 @@ class ImageWorkload:
         self.tokens_per_batch = size
         self.facts = {"classes": list(images.classes)}
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+    def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
         """Mean nats per image of uint8 pixels [B, H, W, C] and labels [B]."""
         labels = torch.from_numpy(batch[1]).to(model.device)
         return evaluate.cross_entropy(self._logits(model, batch[0]), labels)
+
+    def accuracy(self, model: PreTrainedModel, batch: Pair) -> float:
+        """The share of images that are put into their class."""
+        found = evaluate.most_likely(self._logits(model, batch[0]))
+        return evaluate.accuracy(found, batch[1])
 
     def scores(
         self, model: PreTrainedModel, split: str, max_batches: int | None = None
@@ -200,23 +252,16 @@ class ImageWorkload:
         """Perplexity (exp of the cross-entropy) and accuracy."""
         x = getattr(self.images, f"x_{split}")
         y = getattr(self.images, f"y_{split}")
-        slices = _slices(len(x), self._eval_batch_size, max_batches)
+        slices = evaluate.slices(len(x), self._eval_batch_size, max_batches)
         with evaluate.evaluating(model):
-            logits = torch.cat([self._logits(model, x[rows]).float().cpu() for rows in slices])
-        labels = torch.from_numpy(y[: len(logits)])
-        loss = float(evaluate.cross_entropy(logits, labels))
-        return {
-            "loss": loss,
-            "perplexity": evaluate.perplexity(loss),
-            "accuracy": evaluate.accuracy(logits.argmax(-1).numpy(), labels.numpy()),
-        }
+            mine = [self._logits(model, x[rows]).float().cpu() for rows in parallel.dealt(slices)]
+        logits = torch.cat(parallel.gather_dealt(mine))
+        return evaluate.class_scores(logits, y[: len(logits)])
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the model's configuration names its classes."""
 
     @staticmethod
     def _logits(model: PreTrainedModel, pixels: np.ndarray) -> Tensor:
         scaled = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2) / 127.5 - 1
         return model(pixel_values=scaled).logits
-
-
-def _slices(number: int, size: int, max_slices: int | None) -> list[slice]:
-    """Rows 0..number in slices of a size, at most so many."""
-    return [slice(start, start + size) for start in range(0, number, size)][:max_slices]
