@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layer_tying.errors import InputError
 from layer_tying.policies import LARGEST_REWARD, Action, within_budget
 from layer_tying.tying import Rules, Tying
 
@@ -68,11 +67,6 @@ class QNetwork(nn.Module):
 
     def forward(self, state: Tying) -> Tensor:
         """Return [L, L] action values, -inf above the diagonal. Owners are scaled to [0, 1]."""
-        if state.num_layers != self.num_layers:
-            raise InputError(
-                f"the agent was made for a model of {self.num_layers} layers, "
-                f"this one has {state.num_layers}"
-            )
         scale = max(self.num_layers - 1, 1)
         with torch.autocast("cpu", enabled=False):
             flat = self.body(torch.tensor(state.owners, dtype=torch.float32) / scale)

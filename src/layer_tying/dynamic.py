@@ -119,6 +119,11 @@ class DynamicTying:
         kinds = self.layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self.policy = DQN(len(kinds), seed=seed) if policy is None else policy
+        if isinstance(policy, DQN) and policy.network.num_layers != len(kinds):
+            raise InputError(
+                f"the agent was made for {policy.network.num_layers} layers, this model has "
+                f"{len(kinds)}: make it with DQN({len(kinds)})"
+            )
         self.every = every
         self.num_steps = 0
         start = self._initial(initial)
