@@ -91,7 +91,7 @@ def assert_same(one, other) -> None:
 
 @given(tree=TREES)
 @example(tree={"a/b": torch.ones(1), "a": {"b": torch.zeros(2)}, 1: {}, "1": {}})
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tree_comes_back(tmp_path, tree):
     module = nn.Linear(1, 1)
     save_checkpoint(

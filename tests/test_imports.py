@@ -68,7 +68,7 @@ def full(*names: str) -> set[str]:
 
 def test_the_reader_of_imports_reads_them():
     assert f"{PACKAGE}.errors.InputError" in IMPORTS[f"{PACKAGE}.tying"]
-    assert ours(f"{PACKAGE}.dqn") == full("policies", "tying")
+    assert ours(f"{PACKAGE}.dqn") >= full("policies", "tying")
     assert {"torch", "numpy"} <= outside(f"{PACKAGE}.train")
     assert f"{PACKAGE}.train" in ours(f"{PACKAGE}.cli"), "imports inside functions count"
 

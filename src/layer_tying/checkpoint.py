@@ -177,6 +177,20 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     raise InputError(f"{folder} holds no whole checkpoint to resume from{reason}")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether there is a checkpoint that can be used."""
+    try:
+        read_checkpoint(folder)
+    except InputError:
+        return False
+    return True
+
+
+def has_steps(folder: Path) -> bool:
+    """Whether a folder holds any ``step-N`` checkpoint, whole or not."""
+    return any(folder.glob("step-*"))
+
+
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies; names sort by step."""
     return folder / f"step-{step:08d}"

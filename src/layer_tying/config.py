@@ -6,6 +6,7 @@ Every field of ``TrainConfig`` is a flag of ``layer-tying train`` (``max_steps``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -195,6 +196,12 @@ class TrainConfig:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.exp
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that makes a run the experiment it is, in hexadecimal."""
+        values = {key: value for key, value in asdict(self).items() if key not in _FREE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

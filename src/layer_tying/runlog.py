@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +32,52 @@ class RunLog:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self._active = active
+        self._lock: int | None = None
 
-    def start(self, config: TrainConfig, overwrite: bool) -> None:
-        """Make the folder of a new run.
+    def hold(self) -> None:
+        """Make the run folder if need be, and keep other runs out of it until ``release``.
 
         Raises:
-            InputError: if it cannot be made, or holds a run that may not be overwritten.
+            InputError: if it cannot be made, or another run is in progress there.
         """
         if not self._active:
             return
-        if (self.folder / CONFIG).exists():
-            if not overwrite:
-                raise InputError(
-                    f"{self.folder} holds a run: go on with --resume, replace it with --overwrite, "
-                    f"or name another --exp"
-                )
-            shutil.rmtree(self.folder)
-        try:
+        with self._writing(self.folder):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG).write_text(config.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write the run folder {self.folder}: {error}") from None
+            self._lock = os.open(self.checkpoints, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another run is in progress there") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        """Let other runs use the folder; the end of the process does so too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def start(self, config: TrainConfig, overwrite: bool) -> None:
+        """Begin a new run in the folder. What others have put there stays.
+
+        Raises:
+            InputError: if it cannot be written, or holds a run that may not be overwritten.
+        """
+        if not self._active:
+            return
+        files = [self.folder / name for name in (CONFIG, METRICS, DECISIONS, SUMMARY)]
+        if any(file.exists() for file in files) and not overwrite:
+            raise InputError(
+                f"{self.folder} holds a run: go on with --resume, replace it with --overwrite, "
+                f"or name another --exp"
+            )
+        with self._writing(self.folder):
+            for file in files:
+                file.unlink(missing_ok=True)
+            for saved in self.checkpoints.iterdir():
+                shutil.rmtree(saved)
+        self._write(CONFIG, config.to_json() + "\n")
 
     def config(self) -> TrainConfig:
         """The configuration of the run that is there.
@@ -61,7 +88,7 @@ class RunLog:
         try:
             return TrainConfig.from_json((self.folder / CONFIG).read_text(encoding="utf-8"))
         except OSError:
-            raise InputError(f"{self.folder} holds no run to go on with") from None
+            raise InputError(f"{self.folder} holds no run (no {CONFIG})") from None
 
     def metrics(self, **values: Any) -> None:
         """Add a line to ``metrics.jsonl``."""
@@ -76,22 +103,36 @@ class RunLog:
         self._write(SUMMARY, json.dumps(_finite(values), indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget the lines after a step, which a run that goes on from there writes again."""
+        """Forget what came after a step: a run that goes on from there writes it again."""
+        if not self._active:
+            return
+        (self.folder / SUMMARY).unlink(missing_ok=True)
         for name in (METRICS, DECISIONS):
-            if self._active and (self.folder / name).exists():
-                lines = (self.folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            if (self.folder / name).exists():
+                text = (self.folder / name).read_text(encoding="utf-8", errors="replace")
+                lines = text.splitlines(keepends=True)
                 self._write(name, "".join(line for line in lines if _step_of(line) <= step))
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         if self._active:
-            with (self.folder / name).open("a", encoding="utf-8") as stream:
+            file = self.folder / name
+            with self._writing(file), file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(_finite(values)) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         if self._active:
             temporary = self.folder / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.folder / name)
+            with self._writing(self.folder / name):
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.folder / name)
+
+    @staticmethod
+    @contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def start_line(tying: Tying) -> dict[str, Any]:
@@ -115,18 +156,21 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
     return line
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, dict[str, Any]]:
     """The versions and the hardware that a figure was measured with."""
     is_cuda = device.type == "cuda"
-    return {
+    versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
+    }
+    hardware = {
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+    return {"versions": versions, "hardware": hardware}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,5 +185,5 @@ def _step_of(line: str) -> float:
     """The step of a logged line; infinite if the line is torn."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return math.inf

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from layer_tying.config import DECIDING, TrainConfig
@@ -85,6 +90,38 @@ def _late(config: TrainConfig, tying: Tying, num_steps: int) -> Schedule:
             f"with one every {config.every}: take a smaller --every or --activate-at"
         )
     return Schedule([Tying.independent(config.nlayers)] * waiting + [tying])
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The context in which the model runs: bfloat16 where the run's precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def tracker(config: TrainConfig) -> str | None:
+    """The tracker to log to as well, if there is one.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    if config.log_with and importlib.util.find_spec(config.log_with) is None:
+        raise InputError(
+            f"log-with {config.log_with}: the package {config.log_with} is not installed"
+        )
+    return config.log_with
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, config: TrainConfig) -> Iterator[None]:
+    """Log to the run's tracker, if it has one; without, there is nothing to do."""
+    if not config.log_with:
+        yield
+        return
+    settings = {key: value for key, value in asdict(config).items() if value is not None}
+    accelerator.init_trackers("layer-tying", config=settings)
+    try:
+        yield
+    finally:
+        accelerator.end_training()
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:

@@ -6,6 +6,7 @@ line a decision), ``checkpoints/`` and, once it has ended, ``summary.json``.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -64,7 +65,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         InputError: if the data, the folder or the checkpoint to go on from cannot be used.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    accelerator = _accelerator(log_with=config.log_with, project_dir=config.folder)
+    accelerator = _accelerator(log_with=setup.tracker(config), project_dir=config.folder)
     log = RunLog(config.folder, active=accelerator.is_main_process)
     if config.batch_size % parallel.world_size():
         raise InputError(
@@ -77,14 +78,18 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         precision = setup.resolve_precision(config, accelerator.device)
         config = replace(config, precision=parallel.from_rank_0(precision))
     training = Training(config, accelerator, log)  # reads the data: may refuse
-    if resume:
-        training.restore()
-    else:
-        parallel.on_rank_0(lambda: training.start_log(overwrite))
-        log.config()  # is the folder in sight of every process?
-    with stop_requests() as stop_requested:
-        training.run(stop_requested)
-    return training.finish()
+    try:
+        parallel.on_rank_0(log.hold)
+        if resume:
+            training.restore()
+        else:
+            parallel.on_rank_0(lambda: training.start_log(overwrite))
+            log.config()  # is the folder in sight of every process?
+        with setup.tracking(accelerator, config), stop_requests() as stop_requested:
+            training.run(stop_requested)
+        return training.finish()
+    finally:
+        log.release()
 
 
 def _accelerator(**options: Any) -> Accelerator:
@@ -134,7 +139,8 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
     model = build_model(workload.model_config, best.tying, device=_accelerator().device)
     best.load_weights(model)
-    return workload.scores(model, split)
+    with setup.autocast(config, model.device):
+        return workload.scores(model, split)
 
 
 def _my_rows(batch: Any) -> tuple[Any, float]:
@@ -151,6 +157,7 @@ class Training:
         self.workload = build_workload(config)
         batches = self.workload.batches_per_epoch * config.epochs
         self.num_steps = config.max_steps or max(1, batches // config.accumulate)
+        config.check_every(self.num_steps)
         self.eval_every = config.eval_every or max(1, self.num_steps // 10)
         self.save_every = config.save_every or self.eval_every
         self.model_config = self.workload.model_config.to_dict()  # as those who use it want it
@@ -182,6 +189,7 @@ class Training:
         self.tally = Tally()
         self.clock = Stopwatch(accelerator.device)
         self.state: ModelState | None = None  # what is held; None after it may have changed
+        self.losses: list[torch.Tensor] = []  # of the steps since the last logged one
         self.best: dict[str, float] = {"step": 0, "loss": math.inf}
         self.validation_perplexity = math.nan
 
@@ -202,6 +210,10 @@ class Training:
             InputError: if it cannot be made, or holds a run that may not be overwritten.
         """
         self.log.start(self.config, overwrite)
+        self._begin_log()
+
+    def _begin_log(self) -> None:
+        self.log.rewind(-1)
         self.workload.save(self.log.folder)
         self.log.decision(**start_line(self.layers.tying))
 
@@ -212,18 +224,17 @@ class Training:
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
         """Train to the last step, or save and leave when a stop is requested."""
-        losses: list[torch.Tensor] = []
         self.model.train()
         self.clock.lap("prepare")
         with self._progress_bar() as bar:
             while self.step < self.num_steps:
-                losses.append(self._train_step())
+                self.losses.append(self._train_step())
                 self._decide()
                 is_last = self.step == self.num_steps
                 scores = self._validate() if is_last or self.step % self.eval_every == 0 else {}
                 if scores or self.step % self.config.log_every == 0:
-                    loss = parallel.mean(float(torch.stack(losses).mean()))
-                    losses.clear()
+                    loss = parallel.mean(float(torch.stack(self.losses).mean()))
+                    self.losses.clear()
                     self._log_step(loss, scores)
                     self._show(bar, loss)
                 bar.update()
@@ -289,8 +300,9 @@ class Training:
         with self._autocast():
             scores = self.workload.scores(self.model, "validation", self.config.eval_batches)
         self.validation_perplexity = scores["perplexity"]
-        if scores["loss"] < self.best["loss"]:
-            self.best = {"step": self.step, "loss": scores["loss"]}
+        if scores["loss"] < self.best["loss"] or not self.best["step"]:
+            loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
+            self.best = {"step": self.step, "loss": loss}
             parallel.on_rank_0(
                 lambda: checkpoint.save_checkpoint(
                     self.log.checkpoints / "best",
@@ -305,8 +317,7 @@ class Training:
         return scores
 
     def _autocast(self) -> torch.autocast:
-        is_bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+        return setup.autocast(self.config, self.accelerator.device)
 
     # What is shown and logged
 
@@ -334,21 +345,23 @@ class Training:
             self.tally.peak_memory_bytes, peak_bytes(self.accelerator.device)
         )
         validation = {f"validation_{k}": v for k, v in scores.items() if k != "loss"}
-        self.log.metrics(
-            step=self.step,
-            tokens=self.tally.tokens,
-            seconds=round(self.clock.total, 3),
-            loss=loss,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            independent_layers=self.layers.tying.num_independent,
-            trainable_parameters=state.num_trainable,
-            parameter_bytes=state.parameter_bytes,
-            gradient_bytes=state.gradient_bytes,
-            moment_bytes=state.moment_bytes,
-            model_state_bytes=state.total_bytes,
-            peak_memory_bytes=self.tally.peak_memory_bytes,
+        line = {
+            "step": self.step,
+            "tokens": self.tally.tokens,
+            "seconds": round(self.clock.total, 3),
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "independent_layers": self.layers.tying.num_independent,
+            "trainable_parameters": state.num_trainable,
+            "parameter_bytes": state.parameter_bytes,
+            "gradient_bytes": state.gradient_bytes,
+            "moment_bytes": state.moment_bytes,
+            "model_state_bytes": state.total_bytes,
+            "peak_memory_bytes": self.tally.peak_memory_bytes,
             **validation,
-        )
+        }
+        self.log.metrics(**line)
+        self.accelerator.log(line, step=self.step)  # to a tracker, if there is one
 
     # Saving, going on, ending
 
@@ -356,10 +369,11 @@ class Training:
         self.clock.lap("train")
         self.tally.seconds = self.clock.seconds
         rng = parallel.gather(checkpoint.rng_state())
-        parallel.on_rank_0(lambda: self._write_checkpoint(rng))
+        losses = [parallel.mean(float(loss)) for loss in self.losses]
+        parallel.on_rank_0(lambda: self._write_checkpoint(rng, losses))
         self.clock.lap("save")
 
-    def _write_checkpoint(self, rng: list[dict[str, Any]]) -> None:
+    def _write_checkpoint(self, rng: list[dict[str, Any]], losses: list[float]) -> None:
         checkpoint.save_checkpoint(
             checkpoint.step_folder(self.log.checkpoints, self.step),
             self.model,
@@ -374,6 +388,7 @@ class Training:
                 "reward_batches": self.workload.reward_batches.state(),
                 "rng": rng,
                 "tally": asdict(self.tally),
+                "losses": losses,
                 "best": self.best,
                 "validation_perplexity": self.validation_perplexity,
             },
@@ -389,10 +404,16 @@ class Training:
         }
 
     def restore(self) -> None:
-        """Go on from the newest whole checkpoint, exactly."""
+        """Go on from the newest whole checkpoint, exactly; without any, from the start."""
+        if not checkpoint.has_steps(self.log.checkpoints):
+            parallel.on_rank_0(self._begin_log)
+            return
         saved, problems = checkpoint.newest_checkpoint(self.log.checkpoints)
         for problem in problems if self.accelerator.is_main_process else ():
             print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
+        its_config = TrainConfig.from_json(json.dumps(saved.config))
+        if difference := first_difference(its_config, self.config):
+            raise InputError(f"cannot resume: {saved.folder} is of another run: {difference}")
         if saved.facts["data"] != self.workload.facts:
             raise InputError(f"cannot resume {saved.folder}: the data are not those it trained on")
         state = saved.training_state()
@@ -407,7 +428,10 @@ class Training:
         self.workload.reward_batches.restore(state["reward_batches"])
         self.tally = Tally(**state["tally"])
         self.clock.seconds = dict(self.tally.seconds)
-        self.best = state["best"]
+        device = self.accelerator.device
+        self.losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+        if checkpoint.is_whole(self.log.checkpoints / "best"):
+            self.best = state["best"]
         self.validation_perplexity = state["validation_perplexity"]
         self.log.rewind(self.step)
         if parallel.rank() < len(state["rng"]):
@@ -451,7 +475,8 @@ class Training:
             "decision_overhead": seconds.get("decide", 0.0) / max(in_training, 1e-9),
             "seconds": seconds,
             "data": self.workload.facts,
-            "environment": environment(self.accelerator.device),
+            "config_hash": config.digest,
+            **environment(self.accelerator.device),
         }
         self.log.summary(summary)
         return summary
