@@ -62,16 +62,9 @@ class Checkpoint:
         """
         saved = self.weights()
         tensors = unique_tensors(model)
-        if saved.keys() != tensors.keys():
-            odd = sorted(saved.keys() ^ tensors.keys())
-            raise InputError(f"{self.folder} is of another model: {odd[0]} is in one of them only")
+        check_fit(saved, tensors, self.folder)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if saved[name].shape != tensor.shape:
-                    raise InputError(
-                        f"{self.folder} is of another model: {name} has shape "
-                        f"{tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
-                    )
                 tensor.copy_(saved[name])
 
     def training_state(self) -> Any:
@@ -210,6 +203,19 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
+def check_fit(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise an InputError if saved tensors are not, by names and shapes, those of a model."""
+    if saved.keys() != tensors.keys():
+        odd = sorted(saved.keys() ^ tensors.keys())
+        raise InputError(f"{folder} is of another model: {odd[0]} is in one of them only")
+    for name, tensor in tensors.items():
+        if saved[name].shape != tensor.shape:
+            raise InputError(
+                f"{folder} is of another model: {name} has shape "
+                f"{tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
+            )
+
+
 def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The optimizer's state with parameters' names for keys."""
     return {
@@ -234,16 +240,16 @@ def load_moments_by_name(
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of torch's global random numbers, on every device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of torch's global random numbers, on the CPU and on this process's GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Go on with the random numbers that ``rng_state`` saw."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _split(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
