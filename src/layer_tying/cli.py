@@ -1,5 +1,7 @@
 """The command: ``layer-tying train | compare | finetune | recipe | evaluate | report``.
 
+``export`` and ``generate`` are in ``cli_use``.
+
 Wrong input ends in one line and exit code 2; an interrupted run has saved what it had and ends with
 exit code 130.
 """
@@ -18,6 +20,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layer_tying import cli_use
 from layer_tying.config import POLICIES, SHAPE, TrainConfig
 from layer_tying.errors import InputError
 from layer_tying.glue import TASKS
@@ -111,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
     evaluate.set_defaults(run=_evaluate)
 
+    cli_use.add_commands(commands)
 
     report = commands.add_parser("report", help="make one page of figures and tables of runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -154,7 +158,7 @@ def _type_of(each: Field[object]) -> type:
 
 
 def _config(options: argparse.Namespace, **given: object) -> TrainConfig:
-    names = {each.name for each in fields(TrainConfig)}
+    names = {each.name for each in fields(TrainConfig)} - given.keys()
     values = {name: value for name, value in vars(options).items() if name in names}
     return TrainConfig(**values, **given)  # type: ignore[arg-type]
 
@@ -213,7 +217,8 @@ def _recipe(options: argparse.Namespace) -> int:
             print(f"{name}{needs}")
         return 0
     if options.name not in rows:
-        raise InputError(f"unknown recipe {options.name!r}: see layer-tying recipe --list")
+        asked = f"unknown recipe {options.name!r}" if options.name else "no recipe was named"
+        raise InputError(f"{asked}: see layer-tying recipe --list")
     config = replace(rows[options.name], data_dir=options.data_dir)
     if first := runs_first(config):
         raise InputError(
