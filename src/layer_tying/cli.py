@@ -1,6 +1,5 @@
 """The command: ``layer-tying train | compare | finetune | recipe | evaluate | report``.
 
-``export`` and ``generate`` are in ``cli_use``.
 
 Wrong input ends in one line and exit code 2; an interrupted run has saved what it had and ends with
 exit code 130.
@@ -20,7 +19,6 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from layer_tying import cli_use
 from layer_tying.config import POLICIES, SHAPE, TrainConfig
 from layer_tying.errors import InputError
 from layer_tying.glue import TASKS
@@ -114,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
     evaluate.set_defaults(run=_evaluate)
 
-    cli_use.add_commands(commands)
 
     report = commands.add_parser("report", help="make one page of figures and tables of runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ class GlueWorkload:
         self.tokens_per_batch = size
         self.facts = {
             "task": task.name,
+            "sha256": hashlib.sha256(repr(task).encode()).hexdigest(),
             "num_train": len(train),
             "validation": f"{len(held)} of the training examples",
             "test": f"dev, {len(task.dev)} examples",
