@@ -26,7 +26,7 @@ GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
 BASE: dict[str, dict[str, Any]] = {
     "small": {
         **{"nlayers": 12, "nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"},
-        **{"batch_size": 16, "lr": 1e-3, "max_steps": 700, "every": 10},
+        **{"batch_size": 8, "lr": 2e-3, "max_steps": 600, "every": 10},
     },
     "paper": {
         **{"nlayers": 48, "nhead": 25, "emsize": 1600, "bptt": 256, "tokenizer": "gpt2"},
@@ -115,7 +115,7 @@ def vit(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 32, "nhead": 16, "emsize": 1280, "batch_size": 20, "every": 10}
     else:
-        changes |= {"batch_size": 32}
+        changes |= {"batch_size": 16}
     return _row(f"vit-cifar10-{side}", scale, folder, **changes)
 
 
@@ -130,7 +130,7 @@ def glue(task: str, tying: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"max_steps": None, "epochs": 3, "lr": 2e-5, "dropout": 0.1}
     else:
-        changes |= {"max_steps": 400, "lr": 3e-4}
+        changes |= {"max_steps": 300, "lr": 3e-4}
     return _row(
         f"glue-{task}-{tying}",
         scale,
