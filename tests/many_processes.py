@@ -1,6 +1,5 @@
 """Functions called on several ranks at once: real processes, real gloo, one start of torch."""
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -10,8 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
+from small_runs import SERVER
+
 SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report", "tiny_models"])
+
+
+class Died:
+    """Stands for the result of a process that ended without one."""
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -31,7 +35,7 @@ def free_port() -> int:
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: int = 60) -> list:
-    """What the function returned, or the exception it raised, on each rank."""
+    """What the function returned, or the exception it raised, on each rank; or ``Died``."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -70,5 +74,4 @@ def _call(
 
 
 def _result(file: Path) -> Any:
-    assert file.exists(), "the process died"
-    return pickle.loads(file.read_bytes())
+    return pickle.loads(file.read_bytes()) if file.exists() else Died()

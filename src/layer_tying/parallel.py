@@ -14,6 +14,7 @@ Facts:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -62,7 +63,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def _gradients_anywhere(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The gradients that at least one rank has; made of zeros where it is another rank."""
     has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-    dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=_between_cpus())
+    with _others_may_be_lost():
+        dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=_between_cpus())
     gradients = []
     for parameter, somewhere in zip(parameters, has_gradient.tolist(), strict=True):
         if somewhere:
@@ -95,11 +97,13 @@ def _start_averaging(gradients: Sequence[Tensor]) -> Callable[[], None]:
     is_alone = len(gradients) == 1 and gradients[0].is_contiguous()
     flat = gradients[0] if is_alone else torch.cat([g.reshape(-1) for g in gradients])
     flat.div_(world_size())
-    work = dist.all_reduce(flat, async_op=True)
+    with _others_may_be_lost():
+        work = dist.all_reduce(flat, async_op=True)
     assert work is not None
 
     def finish() -> None:
-        work.wait()
+        with _others_may_be_lost():
+            work.wait()
         if not is_alone:
             for gradient, mean in zip(
                 gradients, flat.split([g.numel() for g in gradients]), strict=True
@@ -152,7 +156,8 @@ def gather(value: T) -> list[T]:
     """The values of all ranks, in their order."""
     values: list[T] = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value, group=_between_cpus())
+        with _others_may_be_lost():
+            dist.all_gather_object(values, value, group=_between_cpus())
     return values
 
 
@@ -161,7 +166,8 @@ def sums(*values: float) -> list[float]:
     if world_size() == 1:
         return list(values)
     totals = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(totals, group=_between_cpus())
+    with _others_may_be_lost():
+        dist.all_reduce(totals, group=_between_cpus())
     return totals.tolist()
 
 
@@ -179,7 +185,8 @@ def from_rank_0(value: T) -> T:
     """Rank 0's value, on every rank."""
     values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(values, src=0, group=_between_cpus())
+        with _others_may_be_lost():
+            dist.broadcast_object_list(values, src=0, group=_between_cpus())
     return values[0]
 
 
@@ -198,6 +205,18 @@ def on_rank_0(function: Callable[[], object]) -> None:
     problem = from_rank_0(problem)
     if problem is not None:
         raise InputError(problem)
+
+
+@contextmanager
+def _others_may_be_lost() -> Iterator[None]:
+    """Say in one line what torch says in many when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(
+            f"process {rank()} lost another one, which may have said why; a run goes on from its "
+            f"last checkpoint with --resume ({str(error).splitlines()[0][:120]})"
+        ) from error
 
 
 def _between_cpus() -> dist.ProcessGroup | None:
