@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -49,8 +50,10 @@ def in_process(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     """Call a function in a process of its own; its exit code, negative for a signal."""
     process = SERVER.Process(target=function, args=arguments, kwargs=options)
     process.start()
-    process.join(60)
-    assert process.exitcode is not None, "it hangs"
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError("it hangs")
     return process.exitcode
 
 
@@ -115,3 +118,23 @@ def traces_of(folder: Path) -> dict[str, Any]:
             for file in ("model.safetensors", "training.safetensors")
         },
     }
+
+
+def run_command(*arguments: str, cwd: Path, file_limit: int | None = None) -> tuple[int, str, str]:
+    """Run the command in a process of its own: its exit code, standard output and error."""
+    out, err = cwd / "stdout", cwd / "stderr"
+    code = in_process(_command, arguments, cwd, out, err, file_limit)
+    return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+
+
+def _command(
+    arguments: tuple[str, ...], cwd: Path, out: Path, err: Path, file_limit: int | None
+) -> None:
+    from layer_tying.cli import main
+
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(cwd)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+    sys.exit(main(arguments))

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error)
     except OSError as error:  # a full disk, a folder that went away
         return _complain(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("allocate memory|out of memory", repr(error), re.IGNORECASE):
+            raise
+        return _complain(InputError("out of memory: take a smaller model or a smaller batch"))
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -228,15 +233,13 @@ def _recipe(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     """Each policy trains in a process of its own, so that its peak memory is its own."""
     from layer_tying.report import comparison_table, read_run, write_report
-    from layer_tying.train import measured_precision
 
     configs = [
-        _config(options, policy=policy, exp=f"{options.exp}/{policy}")
-        for policy in options.policies
+        _config(options, policy=policy, exp=f"{options.exp}/{policy}", **_left_out(policy))
+        for policy in dict.fromkeys(options.policies)
     ]
-    precision = measured_precision(configs[0])
-    for config in configs:
-        code = _run_one(replace(config, precision=precision), options)
+    for config in _of_one_precision(configs, options):
+        code = _run_one(config, options)
         if code:
             return code
     folders = [config.folder for config in configs]
@@ -245,6 +248,35 @@ def _compare(options: argparse.Namespace) -> int:
     print(comparison_table([read_run(folder) for folder in folders]))
     print(f"\nThe report, with pictures: {page}")
     return 0
+
+
+def _left_out(policy: str) -> dict[str, None]:
+    """The settings of other policies, which a comparison has as well."""
+    belong = {"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)}
+    return {setting: None for setting, policies in belong.items() if policy not in policies}
+
+
+def _of_one_precision(
+    configs: Sequence[TrainConfig], options: argparse.Namespace
+) -> list[TrainConfig]:
+    """The runs, all in the precision that some have already, or that is measured now.
+
+    Raises:
+        InputError: before any of them starts, if one is there and cannot be continued or replaced.
+    """
+    from layer_tying.runlog import RunLog
+    from layer_tying.train import as_it_was, measured_precision
+
+    there = [config for config in configs if (config.folder / "config.json").exists()]
+    if there and not (options.resume or options.overwrite):
+        raise InputError(
+            f"{there[0].folder} holds a run: go on with --resume, replace it with --overwrite, "
+            f"or name another --exp"
+        )
+    continued = there if options.resume else []
+    saved = [as_it_was(RunLog(config.folder).config(), config) for config in continued]
+    precision = saved[0].precision if saved else measured_precision(configs[0])
+    return [replace(config, precision=precision) for config in configs]
 
 
 def _run_one(config: TrainConfig, options: argparse.Namespace) -> int:

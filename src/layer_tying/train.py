@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
             f"by the {parallel.world_size()} there are"
         )
     if resume:
-        config = _as_it_was(log.config(), config)
+        config = as_it_was(log.config(), config)
     else:
         precision = setup.resolve_precision(config, accelerator.device)
         config = replace(config, precision=parallel.from_rank_0(precision))
@@ -104,7 +104,7 @@ def _accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def _as_it_was(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
+def as_it_was(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
     """The configuration to go on with; what was measured at the start is not measured again."""
     if asked.precision == "auto":
         asked = replace(asked, precision=saved.precision)

@@ -1,0 +1,247 @@
+"""The command, in real processes: the published flags, and one clear line for whatever is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from small_runs import run_command, traces_of, write_text
+
+from layer_tying.cli import _parser
+from layer_tying.config import TrainConfig
+
+SMALL = (
+    *("--dataset", "text.txt", "--nlayers", "3", "--nhead", "2", "--emsize", "16"),
+    *("--bptt", "16", "--batch-size", "4", "--eval-batch-size", "8", "--eval-batches", "2"),
+    *("--precision", "fp32"),
+)
+FEW_STEPS = (*SMALL, "--max-steps", "12", "--every", "4", "--save-every", "6")
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    """A folder with a text in it, in which the command runs."""
+    write_text(tmp_path)
+    return tmp_path
+
+
+def complaint(here: Path, *arguments: str, **options) -> str:
+    """The one line that a command ends with that cannot do what it was asked for."""
+    code, out, err = run_command(*arguments, cwd=here, **options)
+    assert code == 2, (code, err)
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("layer-tying")
+    return line
+
+
+# What it does
+
+
+def test_the_published_command_line(here):
+    flags = "--bptt 16 --batch_size 4 --eval_batch_size 4 --dataset text.txt --nlayers 3 --lr 0.001"
+    flags += " --emsize 16 --nhead 2 --exp x --epochs 1"
+    parse = _parser().parse_args
+    hyphens = parse(["train", *flags.replace("_", "-").split()])
+    assert parse(["train", *flags.split()]) == hyphens
+    code, out, _ = run_command("train", *flags.split(), cwd=here)
+    assert code == 0
+    assert re.match(r"perplexity \d+\.\d{3} on test.* of 3 layers independent", out)
+    assert (here / "runs/x/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    config = json.loads((here / "runs/x/config.json").read_text())
+    given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
+    given |= {"nlayers": 3, "lr": 0.001, "emsize": 16, "nhead": 2, "exp": "x", "epochs": 1}
+    assert {key: config[key] for key in given} == given
+    assert config["policy"] == "dqn"
+    steps = json.loads((here / "runs/x/summary.json").read_text())["steps"]
+    num_bytes = len((here / "text.txt").read_bytes())
+    assert steps == pytest.approx(0.9 * num_bytes / 16 / 4, abs=2)
+
+
+def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
+    assert run_command("train", *FEW_STEPS, "--exp", "ä run", cwd=here)[0] == 0
+    run = here / "runs/ä run"
+    summary = json.loads((run / "summary.json").read_text())
+    for split in ("validation", "test"):
+        code, out, _ = run_command("evaluate", "runs/ä run", "--split", split, cwd=here)
+        assert code == 0
+        scores = json.loads(out)
+        assert scores["bits_per_byte"] == summary[f"{split}_bits_per_byte"]
+        assert scores == {name: summary[f"{split}_{name}"] for name in scores}
+    code, out, _ = run_command("report", "runs/ä run", "--output", "page.html", cwd=here)
+    assert code == 0
+    assert f"{summary['validation_perplexity']:.4}"[:4] in out
+    assert (here / "page.html").exists()
+
+
+def test_help_names_every_setting(here):
+    code, out, err = run_command("train", "--help", cwd=here)
+    assert (code, err) == (0, "")
+    missing = [
+        each.name
+        for each in fields(TrainConfig)
+        if f"--{(each.metadata['name'] or each.name).replace('_', '-')}" not in out
+    ]
+    assert missing in ([], ["task"])  # which the command `finetune` takes
+    listing = run_command("--help", cwd=here)[1]
+    assert all(name in listing for name in ("train", "compare", "evaluate", "report"))
+
+
+def compare_lines(here: Path, *flags: str) -> tuple[int, str, str]:
+    return run_command("compare", *FEW_STEPS, "--exp", "c", *flags, cwd=here)
+
+
+def test_compare(here):
+    """One table; and on resuming, what has ended is left alone and what has not is finished."""
+    code, out, err = compare_lines(here, "--policies", "none,dqn")
+    assert code == 0, err
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 4  # head, rule, two runs
+    assert "conventional" in table[2]
+    assert "dynamic" in table[3]
+    assert (here / "runs/c/report.html").exists()
+    none, dqn = here / "runs/c/none", here / "runs/c/dqn"
+    configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
+    different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert different == {"policy", "exp"}
+
+    ended = (none / "summary.json").stat().st_mtime_ns
+    before = traces_of(dqn)
+    (dqn / "summary.json").unlink()
+    code, again, err = compare_lines(here, "--resume")
+    assert code == 0, err
+    assert (none / "summary.json").stat().st_mtime_ns == ended
+    assert traces_of(dqn) == before
+    assert sum(line.startswith("|") for line in again.splitlines()) == 4
+
+    # What cannot go on is said at once, not after the first of the runs.
+    assert "holds a run" in complaint(here, "compare", *FEW_STEPS, "--exp", "c")
+    other = ("compare", *FEW_STEPS, "--exp", "c", "--lr", "0.5", "--resume")
+    assert "lr is 0.001 in one and 0.5" in complaint(here, *other)
+    assert "policy" in complaint(here, "compare", *FEW_STEPS, "--policies", "none,dqm")
+
+
+# How it ends
+
+
+def started(here: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "layer_tying", "train", *arguments]
+    return subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here):
+    """The real thing: another process, and whatever instant the signal happens to come."""
+    flags = (*SMALL, "--max-steps", "150", "--every", "10", "--save-every", "10")
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = started(here, *flags, "--exp", number.name)
+        run = here / "runs" / number.name
+        wait_for(lambda run=run: any(run.glob("checkpoints/step-*")), process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        if number == signal.SIGINT:
+            assert re.search(r"stopped at step \d+ of 150; .*--resume", err.splitlines()[-1])
+        assert not (run / "summary.json").exists()
+        assert run_command("train", *flags, "--exp", number.name, "--resume", cwd=here)[0] == 0
+    assert run_command("train", *flags, "--exp", "whole", cwd=here)[0] == 0
+    whole = traces_of(here / "runs/whole")
+    assert whole["metrics"][-1]["step"] == 150
+    assert traces_of(here / "runs/SIGKILL") == whole
+    assert traces_of(here / "runs/SIGINT") == whole
+
+
+def test_a_full_disk_while_saving(here):
+    """Then, with room, the run goes on; and the numbers are those of a run left alone."""
+    code, out, err = run_command("train", *FEW_STEPS, cwd=here, file_limit=30_000)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("layer-tying: cannot write the checkpoint")
+    assert "File too large" in last
+    left = [file for file in (here / "runs/run").rglob("*") if file.is_file()]
+    assert not [file for file in left if "tmp" in str(file.relative_to(here))]
+    assert run_command("train", *FEW_STEPS, "--resume", cwd=here)[0] == 0
+    assert run_command("train", *FEW_STEPS, "--exp", "whole", cwd=here)[0] == 0
+    assert traces_of(here / "runs/run") == traces_of(here / "runs/whole")
+
+
+# What it refuses
+
+WRONG = {
+    "no-command": ((), "required"),
+    "unknown-command": (("trian",), "trian"),
+    "unknown-flag": (("train", "--layers", "3"), "--layers"),
+    "not-a-number": (("train", "--lr", "fast"), "'fast'"),
+    "not-a-whole-number": (("train", "--nlayers", "3.5"), "'3.5'"),
+    "no-value": (("train", "--lr"), "--lr"),
+    "unknown-policy": (("train", "--policy", "dqm"), "dqm"),
+    "unknown-data": (("train", "--dataset", "wiki3"), "pydocs, shake, ptb, wiki2"),
+    "unknown-images": (("train", "--family", "vit", "--dataset", "cats"), "digits, cifar10"),
+    "missing-file": (("train", "--dataset", "no/such.txt"), "no/such.txt"),
+    "empty-file": (("train", "--dataset", "empty.txt"), "empty.txt: the file is empty"),
+    "binary-file": (("train", "--dataset", "binary.txt"), "binary.txt: binary file"),
+    "empty-folder": (("train", "--dataset", "empty"), "empty: the folder holds no text"),
+    "short-text": (("train", *SMALL, "--bptt", "100000"), "shorter than one sequence"),
+    "heads": (("train", "--emsize", "30", "--nhead", "4"), "30 is not divisible by nhead 4"),
+    "one-layer": (("train", "--nlayers", "1"), "nlayers is at least 2, got 1"),
+    "k-of-nothing": (("train", "--every", "0"), "every is at least 1, got 0"),
+    "k-too-large": (("train", "--every", "20", "--max-steps", "10"), "every 20 is more than"),
+    "k-over-epochs": (("train", *SMALL, "--every", "999"), "every 999 is more than"),
+    "negative-rate": (("train", "--lr", "-0.1"), "lr is more than 0, got -0.1"),
+    "negative-batch": (("train", "--batch-size", "-4"), "batch_size is at least 1, got -4"),
+    "infinite-rate": (("train", "--lr", "inf"), "lr is a finite number"),
+    "bad-tokenizer": (("train", "--dataset", "text.txt", "--tokenizer", "bpe:7"), "bpe:N"),
+    "bad-owners": (("train", *SMALL, "--policy", "fixed", "--owners", "0,2"), "--owners"),
+    "nothing-to-resume": (("train", *SMALL, "--resume"), "runs/run holds no run"),
+    "outside": (("train", *SMALL, "--exp", "../x"), "'../x'"),
+    "output-is-a-file": (("train", *SMALL, "--output-dir", "text.txt"), "text.txt/run"),
+    "output-is-read-only": (("train", *SMALL, "--output-dir", "/proc/x"), "/proc/x/run"),
+    "name-too-long": (("train", *SMALL, "--exp", "x" * 300), "File name too long"),
+    "no-data-folder": (("train", "--dataset", "ptb", "--data-dir", "nowhere"), "nowhere"),
+    "evaluate-nothing": (("evaluate", "empty"), "empty holds no run"),
+    "report-nothing": (("report", "empty"), "empty"),
+    "too-large": (("train", *SMALL, "--emsize", "2000000"), "memory"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(here, name):
+    arguments, said = WRONG[name]
+    (here / "empty.txt").write_text("")
+    (here / "binary.txt").write_bytes(bytes(range(256)))
+    (here / "empty").mkdir()
+    assert said in complaint(here, *arguments)
+    assert not [file for file in here.rglob("runs/**/*") if file.is_file()]
+
+
+def test_a_run_that_is_there_is_neither_replaced_nor_continued_as_another(here):
+    assert run_command("train", *FEW_STEPS, cwd=here)[0] == 0
+    before = traces_of(here / "runs/run")
+    line = complaint(here, "train", *FEW_STEPS)
+    assert re.search(r"runs/run holds a run: .*--resume.*--overwrite.*--exp", line)
+    line = complaint(here, "train", *FEW_STEPS, "--lr", "0.5", "--resume")
+    assert "cannot resume runs/run with another configuration: lr is 0.001" in line
+    assert traces_of(here / "runs/run") == before
+    assert run_command("train", *FEW_STEPS, "--seed", "4", "--overwrite", cwd=here)[0] == 0
+    assert traces_of(here / "runs/run") != before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(here):
+    (here / "runs").mkdir(mode=0o500)
+    assert "Permission denied" in complaint(here, "train", *SMALL)
