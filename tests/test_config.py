@@ -90,6 +90,8 @@ REFUSED = [
     ({"owners": "0,0", "policy": "fixed", "source": "runs/a"}, "--from"),
     ({"policy": "recorded"}, "--from"),
     ({"source": "runs/a"}, "dqn"),
+    ({"budget_bytes": 0}, "0"),
+    ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
     ({"permute": 0}, "dqn"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
@@ -157,6 +159,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
         **{"eval_every": 7, "eval_batches": 7, "seed": 1, "sharing": "frozen"},
+        **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
     }
     base = TrainConfig()
     pairs = {  # of settings that need others

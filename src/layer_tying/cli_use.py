@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+from layer_tying.config import EXPORT_DTYPES
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -25,7 +25,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "--export-dtype",
         "--export_dtype",
         choices=EXPORT_DTYPES,
-        help="type of the stored weights (default: as trained)",
+        help="type of the stored weights (default: what the run was trained for)",
     )
     export.set_defaults(run=_export)
 

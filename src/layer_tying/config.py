@@ -20,6 +20,7 @@ from layer_tying.policies import PATTERNS
 DECIDING = ("dqn", "random")  # the policies that change the tying while a model trains
 POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
 FAMILIES = ("gpt2", "llama", "bert", "vit")
+EXPORT_DTYPES = ("fp32", "bf16", "fp16")
 # What a fine-tuned model has from the run it starts from.
 SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
 
@@ -86,6 +87,14 @@ class TrainConfig:
         "what a deciding policy starts from; frozen: all tied in name, but not yet in memory",
         ("all", "none", "frozen"),
     )
+    budget_layers: int | None = _flag(None, "the most layers that may ever be independent")
+    budget_parameters: int | None = _flag(None, "the most parameters the model may ever have")
+    budget_bytes: int | None = _flag(
+        None, "the largest size of the model's compact export, in bytes and in --export-dtype"
+    )
+    export_dtype: str | None = _flag(
+        None, "type of the weights in an export (default: as trained)", EXPORT_DTYPES
+    )
     reward: str = _flag(
         "log-perplexity",
         "what the agent maximises on a training batch: minus the (log-)perplexity, or accuracy",
@@ -120,6 +129,10 @@ class TrainConfig:
         if self.max_steps is not None:
             self.check_every(self.max_steps)
         self._check_source()
+        if self.has_budget and self.freezes:
+            raise InputError(
+                "a budget does not go with sharing or initial frozen: all layers are in memory"
+            )
         parts = Path(self.exp).parts  # none of "" and "."
         if not parts or Path(self.exp).is_absolute() or ".." in parts:
             raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
@@ -129,6 +142,7 @@ class TrainConfig:
             **dict.fromkeys(("nhead", "emsize", "bptt", "batch_size", "eval_batch_size"), 1),
             **dict.fromkeys(("accumulate", "epochs", "max_steps", "every", "log_every"), 1),
             **dict.fromkeys(("eval_every", "eval_batches", "save_every", "groups"), 1),
+            **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), 1),
             **dict.fromkeys(("seed", "weight_decay", "permute"), 0),
             "nlayers": 2,
         }
@@ -177,6 +191,12 @@ class TrainConfig:
     def decides(self) -> bool:
         """Whether the tying may change while the model trains."""
         return self.policy in (*DECIDING, "recorded") or self.activate_at is not None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the size of the model is limited."""
+        limits = (self.budget_layers, self.budget_parameters, self.budget_bytes)
+        return any(limit is not None for limit in limits)
 
     @property
     def freezes(self) -> bool:

@@ -35,7 +35,7 @@ from layer_tying.tying import Tying
 COMPACT = "compact.safetensors"
 METADATA = "layer_tying"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # config's names
 
 
 def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -158,7 +158,7 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
         run: the run folder.
         folder: where to write.
         format: ``expanded`` or ``compact``.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; as trained by default.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; by default what the run was trained for.
 
     Raises:
         InputError: as ``load`` and the two formats do, or if the folder is the run's own.
@@ -166,6 +166,9 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
     if run.resolve() == folder.resolve():
         raise InputError(f"cannot export {run} into itself: name another folder")
     model = load(run)
+    best = run / "checkpoints" / "best"
+    if dtype is None and best.is_dir():
+        dtype = read_checkpoint(best).config.get("export_dtype")
     write, name = {
         "expanded": (export_expanded, "model.safetensors"),
         "compact": (export_compact, COMPACT),

@@ -163,14 +163,14 @@ class Schedule:
     def __init__(self, tyings: Sequence[Tying]) -> None:
         if not tyings:
             raise InputError("a schedule needs at least one tying, got none")
-        self._tyings = tuple(tyings)
+        self.tyings = tuple(tyings)
         self._num_decisions = 0
 
     def act(self, state: Tying, rules: Rules) -> Action:
         """The owners of the tying whose turn it is; as an action they lead to that tying."""
-        index = min(self._num_decisions, len(self._tyings) - 1)
+        index = min(self._num_decisions, len(self.tyings) - 1)
         self._num_decisions += 1
-        return self._tyings[index].owners
+        return self.tyings[index].owners
 
     def observe(
         self, state: Tying, action: Action, reward: float | None, next_state: Tying

@@ -12,13 +12,18 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PretrainedConfig
 
+from layer_tying.budget import max_independent
 from layer_tying.config import DECIDING, TrainConfig
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
+from layer_tying.export import DTYPES
+from layer_tying.find import find_layers
+from layer_tying.models import lay_out
 from layer_tying.policies import Policy, RandomPolicy, Schedule, pattern
 from layer_tying.source import best_checkpoint, final_tying, recorded_tyings
-from layer_tying.tying import Tying
+from layer_tying.tying import Rules, Tying
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:
@@ -59,6 +64,29 @@ def starting_point(config: TrainConfig, num_steps: int) -> tuple[Tying, Policy |
     if config.activate_at is None:
         return tying, None
     return Tying.independent(config.nlayers), _late(config, tying, num_steps)
+
+
+def rules(config: TrainConfig, model_config: PretrainedConfig) -> Rules:
+    """Which tyings the run's budget allows.
+
+    Raises:
+        InputError: if no tying keeps within it.
+    """
+    stack = find_layers(lay_out(model_config))
+    most = max_independent(
+        stack,
+        num_layers=config.budget_layers,
+        num_parameters=config.budget_parameters,
+        num_bytes=config.budget_bytes,
+        dtype=DTYPES[config.export_dtype] if config.export_dtype else None,
+    )
+    return Rules(stack.kinds, most)
+
+
+def check_budget(allowed: Rules, start: Tying, policy: Policy | None) -> None:
+    """Raise an InputError if the run starts, or is bound to come, over its budget."""
+    for tying in (start, *(policy.tyings if isinstance(policy, Schedule) else ())):
+        allowed.check(tying)
 
 
 def _initial(config: TrainConfig) -> Tying:

@@ -163,6 +163,8 @@ class Training:
         self.model_config = self.workload.model_config.to_dict()  # as those who use it want it
         torch.manual_seed(config.seed)  # the same weights on all ranks
         start, policy = setup.starting_point(config, self.num_steps)
+        self.rules = setup.rules(config, self.workload.model_config)
+        setup.check_budget(self.rules, start, policy)
         in_memory = Tying.independent(config.nlayers) if config.freezes else start
         self.model = build_model(self.workload.model_config, in_memory, device=accelerator.device)
         self.model.config.use_cache = False
@@ -200,6 +202,7 @@ class Training:
             every=self.config.every,
             policy=policy,
             initial="keep",
+            max_independent=self.rules.max_independent,
             layers=self.layers,
         )
 
