@@ -13,8 +13,10 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from safetensors.torch import load_file
 
@@ -92,6 +94,28 @@ def killed_at(config: TrainConfig, function: str, call: int, resume: bool = Fals
     """Train in a process that is killed by SIGKILL at the n-th call of a function."""
     code = in_process(train_until, config, function, call, signal.SIGKILL, resume=resume)
     assert code == -signal.SIGKILL, f"it was to be killed, but ended with {code}"
+
+
+class Crash(Exception):
+    """What ends a run that ``crashed_at`` a step."""
+
+
+def crashed_at(config: TrainConfig, call: int) -> None:
+    """Train in this process up to an exception at the n-th step: cheaper than a process."""
+    from layer_tying.train import Training, train
+
+    original, calls = Training._train_step, 0
+
+    def counting(training: Training) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Crash
+        return original(training)
+
+    with patch.object(Training, "_train_step", counting), suppress(Crash):
+        train(config)
+    assert not (config.folder / "summary.json").exists(), "it was to crash, but ended"
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The command: ``layer-tying train | compare | finetune | recipe | evaluate | report``.
 
+``export`` and ``generate`` are in ``cli_use``.
 
 Wrong input ends in one line and exit code 2; an interrupted run has saved what it had and ends with
 exit code 130.
@@ -20,6 +21,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layer_tying import cli_use
 from layer_tying.config import POLICIES, SHAPE, TrainConfig
 from layer_tying.errors import InputError
 from layer_tying.glue import TASKS
@@ -108,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--scale", choices=SCALES, default="small", help="(default: small)")
     recipe.add_argument("--output-dir", "--output_dir", help="(default: runs/SCALE)")
     recipe.add_argument("--data-dir", "--data_dir", help="where local data sets lie")
+    recipe.add_argument(
+        "--max-steps", "--max_steps", type=int, help="stop after so few steps, to try a row out"
+    )
     _add_going_on(recipe)
     recipe.set_defaults(run=_recipe)
 
@@ -117,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
     evaluate.set_defaults(run=_evaluate)
 
+    cli_use.add_commands(commands)
 
     report = commands.add_parser("report", help="make one page of figures and tables of runs")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -172,12 +178,14 @@ def _train(options: argparse.Namespace) -> int:
 def _train_and_report(config: TrainConfig, options: argparse.Namespace) -> int:
     from layer_tying.train import Interrupted, train
 
+    speaks = int(os.environ.get("RANK", "0")) == 0  # one of many processes
     try:
         summary = train(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:
-        print(f"layer-tying: {stop}", file=sys.stderr)
+        if speaks:
+            print(f"layer-tying: {stop}", file=sys.stderr)
         return INTERRUPTED
-    if int(os.environ.get("RANK", "0")) == 0:
+    if speaks:
         from layer_tying.report import write_report
 
         write_report([config.folder], config.folder / "report.html")
@@ -222,6 +230,8 @@ def _recipe(options: argparse.Namespace) -> int:
         asked = f"unknown recipe {options.name!r}" if options.name else "no recipe was named"
         raise InputError(f"{asked}: see layer-tying recipe --list")
     config = replace(rows[options.name], data_dir=options.data_dir)
+    if options.max_steps is not None:
+        config = replace(config, max_steps=options.max_steps)
     if first := runs_first(config):
         raise InputError(
             f"{options.name} starts from {config.source}, which has not ended: "
