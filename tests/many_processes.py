@@ -11,7 +11,7 @@ from typing import Any
 
 from small_runs import SERVER
 
-SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report", "tiny_models"])
+SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report", "tiny_models", "layer_tying.sharding"])
 
 
 class Died:

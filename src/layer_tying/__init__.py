@@ -1,5 +1,6 @@
 """Dynamic layer tying: transformers that learn, while they train, which layers share weights."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layer_tying.dqn import DQN
@@ -12,6 +13,7 @@ from layer_tying.tying import Rules, Tying
 
 if TYPE_CHECKING:
     from layer_tying.export import export_compact, export_expanded, load
+    from layer_tying.sharding import shard_tied_layers
 
 __all__ = [
     "DQN",
@@ -28,13 +30,20 @@ __all__ = [
     "export_expanded",
     "load",
     "pattern",
+    "shard_tied_layers",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Exporting needs transformers, whose import takes seconds: only who exports waits for it."""
-    if name in ("export_compact", "export_expanded", "load"):
-        from layer_tying import export
+# What needs transformers or FSDP, whose imports take seconds: only who uses it waits for it.
+_HOME = {
+    "export_compact": "export",
+    "export_expanded": "export",
+    "load": "export",
+    "shard_tied_layers": "sharding",
+}
 
-        return getattr(export, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"layer_tying.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

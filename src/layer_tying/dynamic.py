@@ -103,6 +103,7 @@ class DynamicTying:
         moments: Literal["copy", "fresh"] = "copy",
         by_kind: bool = False,
     ) -> None:
+        parallel.refuse_sharded(model.parameters())
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
         if layers is None or isinstance(layers, (str, Sequence)):

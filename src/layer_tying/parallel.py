@@ -120,8 +120,9 @@ def check_in_sync(parameters: Mapping[str, nn.Parameter]) -> None:
         parameters: the model's, by name.
 
     Raises:
-        InputError: if a parameter differs between ranks, naming the first.
+        InputError: if a parameter differs between ranks, naming the first, or if they are sharded.
     """
+    refuse_sharded(parameters.values())
     if world_size() == 1:
         return
     everyone = gather([int(_bit_sum(p)) for p in parameters.values()])
@@ -132,6 +133,19 @@ def check_in_sync(parameters: Mapping[str, nn.Parameter]) -> None:
                 f"model.parameters()) after backward, without DistributedDataParallel, which "
                 f"does not sync parameters that are made while a model trains"
             )
+
+
+def refuse_sharded(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise an InputError if FSDP2, or whatever else makes DTensors, has sharded parameters."""
+    if not dist.is_initialized():  # then there are none, and importing them takes a second
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise InputError(
+            "the model is sharded, and its tying cannot change any more: FSDP settles which layers "
+            "share weights. Tie the layers first, keep that tying, and shard last"
+        )
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from layer_tying.errors import InputError
 from layer_tying.find import LayerStack, find_layers
 from layer_tying.gradient import read_as_they_are, read_detached
 from layer_tying.ledger import Ledger
+from layer_tying.parallel import refuse_sharded
 from layer_tying.tying import Rules, Tying, storage_sources
 
 Parameters = dict[str, nn.Parameter]
@@ -84,6 +85,11 @@ class TiedLayers:
         self._only_owners_learn = gradient == "owner"
         self._set_gradients()
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are kept in step."""
+        return [ledger.optimizer for ledger in self._ledgers]
+
     def parameters(self, layer: int) -> Parameters:
         """The parameters that a layer uses, by their names within the layer."""
         used: Parameters = {}
@@ -109,6 +115,7 @@ class TiedLayers:
         self.rules.check(tying)
         if tying == self.tying:
             return
+        refuse_sharded(self._owned().values())
         if self._tying_in_storage() != self.tying:
             raise InputError(
                 "the layers' weights were exchanged by something else since they were last tied: "
