@@ -127,6 +127,7 @@ class DynamicTying:
             )
         self.every = every
         self.num_steps = 0
+        self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
         start = self._initial(initial)
         self.rules.check(start)
         self.layers.apply(start)
@@ -152,7 +153,7 @@ class DynamicTying:
         """Whether the next call of ``step`` decides."""
         return self.num_steps % self.every == 0
 
-    def step(self, reward: Callable[[], float]) -> Decision | None:
+    def step(self, reward: Callable[[], float] | None) -> Decision | None:
         """Count an optimizer step; on the first and every k-th after it, decide.
 
         The layers are re-tied, the reward of the new tying is measured and the policy learns from
@@ -163,6 +164,7 @@ class DynamicTying:
         Args:
             reward: measures how well the model does now, the higher the better. The paper's is
                 minus the perplexity of one training batch, in eval mode and without gradients.
+                None where it is known only later: then give it to ``learn``.
 
         Returns:
             The decision, or None at a step without one.
@@ -180,23 +182,46 @@ class DynamicTying:
         next_state = Tying.from_action(action)
         self.rules.check(next_state)
         self.layers.apply(next_state)
+        self.learn(None)  # where the last decision still waits for its reward, it never came
+        self._waiting = state, action, next_state
         measured, event = None, None
-        if self.policy.learns:
-            value = parallel.mean(float(reward()))
+        if not self.policy.learns:
+            self.learn(None)
+        elif reward is not None:
+            measured, event = self.learn(reward())
+        return Decision(
+            self.num_steps, action, next_state.owners, measured, event, self.policy.statistics()
+        )
+
+    def learn(self, reward: float | None) -> tuple[float | None, str | None]:
+        """Let the policy learn from the reward of the last decision, if that waits for it.
+
+        Args:
+            reward: the higher the better; None if there is none to be had.
+
+        Returns:
+            The reward that was learned from, or None with what was wrong with it.
+        """
+        if not self._waiting:
+            return None, None
+        measured, event = None, None
+        if reward is not None:
+            value = parallel.mean(float(reward))
             if abs(value) < LARGEST_REWARD:
                 measured = value
             else:
                 event = f"the reward was {value}: nothing learned"
+        state, action, next_state = self._waiting
+        self._waiting = None
         self.policy.observe(state, action, measured, next_state)
-        return Decision(
-            self.num_steps, action, next_state.owners, measured, event, self.policy.statistics()
-        )
+        return measured, event
 
     def state_dict(self) -> dict[str, Any]:
         """The pattern, the step and the policy's state: tensors and JSON-able values."""
         return {
             "owners": list(self.tying.owners),
             "num_steps": self.num_steps,
+            "waiting": self._waiting and [list(self._waiting[1]), list(self._waiting[0].owners)],
             "policy_class": type(self.policy).__name__,
             "policy": self.policy.state_dict(),
         }
@@ -218,4 +243,8 @@ class DynamicTying:
             )
         self.layers.apply(Tying(tuple(state["owners"])))
         self.num_steps = state["num_steps"]
+        self._waiting = None
+        if state["waiting"]:
+            action, before = state["waiting"]
+            self._waiting = Tying(tuple(before)), tuple(action), Tying.from_action(action)
         self.policy.load_state_dict(state["policy"])
