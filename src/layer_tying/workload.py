@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layer_tying import evaluate, parallel
 from layer_tying.batches import REWARD_SEED, Batches, Stream, evaluation_windows, mask_tokens
 from layer_tying.config import TrainConfig
+from layer_tying.cross_entropy import language_model_loss
 from layer_tying.data import Corpus, load_lambada, load_texts, tokenize
 from layer_tying.glue import load_task
 from layer_tying.images import ImageBatches, Images, load_images
@@ -136,8 +137,8 @@ class LanguageWorkload:
 
     def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
         """Mean nats per predicted token of a batch of ids and labels, each [B, T]."""
-        labels = torch.from_numpy(batch[1]).to(model.device)
-        return evaluate.cross_entropy(self._logits(model, torch.from_numpy(batch[0])), labels)
+        inputs, labels = (torch.from_numpy(array).to(model.device) for array in batch)
+        return language_model_loss(model, inputs, labels)
 
     def accuracy(self, model: PreTrainedModel, batch: Pair) -> float:
         """The share of predicted tokens that the model finds most likely."""
