@@ -231,10 +231,15 @@ def load_moments_by_name(
     """Give each named parameter the optimizer state that ``moments_by_name`` saved."""
     optimizer.state.clear()
     parameters = dict(model.named_parameters())
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, state in moments.items():
         parameter = parameters[name]
+        group = groups[parameter]
+        counts_there = group.get("fused") or group.get("capturable")  # else steps stay on the CPU
         optimizer.state[parameter] = {
-            key: value.to(parameter.device) if isinstance(value, Tensor) else value
+            key: value.to(parameter.device)
+            if isinstance(value, Tensor) and (key != "step" or counts_there)
+            else value
             for key, value in state.items()
         }
 
