@@ -144,21 +144,20 @@ def traces_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_command(*arguments: str, cwd: Path, file_limit: int | None = None) -> tuple[int, str, str]:
+def run_command(*arguments: str, cwd: Path, file_limit: int = -1) -> tuple[int, str, str]:
     """Run the command in a process of its own: its exit code, standard output and error."""
     out, err = cwd / "stdout", cwd / "stderr"
-    code = in_process(_command, arguments, cwd, out, err, file_limit)
+    code = in_process(_command, arguments, cwd, (out, err), file_limit)
     return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
 
 
 def _command(
-    arguments: tuple[str, ...], cwd: Path, out: Path, err: Path, file_limit: int | None
+    arguments: tuple[str, ...], cwd: Path, output: tuple[Path, Path], file_limit: int
 ) -> None:
     from layer_tying.cli import main
 
-    for number, file in ((1, out), (2, err)):
+    for number, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(cwd)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
     sys.exit(main(arguments))

@@ -94,45 +94,43 @@ def test_help_names_every_setting(here):
     assert all(name in listing for name in ("train", "compare", "evaluate", "report"))
 
 
-def compare_lines(here: Path, *flags: str) -> tuple[int, str, str]:
-    return run_command("compare", *FEW_STEPS, "--exp", "c", *flags, cwd=here)
-
-
 def test_compare(here):
-    """One table; and on resuming, what has ended is left alone and what has not is finished."""
-    code, out, err = compare_lines(here, "--policies", "none,dqn")
-    assert code == 0, err
-    table = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(table) == 4  # head, rule, two runs
-    assert "conventional" in table[2]
-    assert "dynamic" in table[3]
-    assert (here / "runs/c/report.html").exists()
+    """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
+    flags = ("compare", *SMALL, "--max-steps", "250", "--every", "10", "--exp", "c")
     none, dqn = here / "runs/c/none", here / "runs/c/dqn"
+    process = started(here, *flags)
+    wait_for(lambda: any(none.glob("checkpoints/step-*")), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"stopped at step \d+ of 250; .*--resume", err.splitlines()[-1])
+    assert not dqn.exists()
+
+    for ended in ([], [none, dqn]):
+        before = [(run / "summary.json").stat().st_mtime_ns for run in ended]
+        code, out, err = run_command(*flags, "--resume", cwd=here)
+        assert code == 0, err
+        assert [(run / "summary.json").stat().st_mtime_ns for run in ended] == before
+        table = [line for line in out.splitlines() if line.startswith("|")]
+        assert len(table) == 4  # head, rule, two runs
+        assert "conventional" in table[2]
+        assert "dynamic" in table[3]
+    assert (here / "runs/c/report.html").exists()
     configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
     different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
     assert different == {"policy", "exp"}
 
-    ended = (none / "summary.json").stat().st_mtime_ns
-    before = traces_of(dqn)
-    (dqn / "summary.json").unlink()
-    code, again, err = compare_lines(here, "--resume")
-    assert code == 0, err
-    assert (none / "summary.json").stat().st_mtime_ns == ended
-    assert traces_of(dqn) == before
-    assert sum(line.startswith("|") for line in again.splitlines()) == 4
-
     # What cannot go on is said at once, not after the first of the runs.
-    assert "holds a run" in complaint(here, "compare", *FEW_STEPS, "--exp", "c")
-    other = ("compare", *FEW_STEPS, "--exp", "c", "--lr", "0.5", "--resume")
-    assert "lr is 0.001 in one and 0.5" in complaint(here, *other)
-    assert "policy" in complaint(here, "compare", *FEW_STEPS, "--policies", "none,dqm")
+    assert "holds a run" in complaint(here, *flags)
+    assert "lr is 0.001 in one and 0.5" in complaint(here, *flags, "--lr", "0.5", "--resume")
+    assert "policy" in complaint(here, *flags, "--policies", "none,dqm")
 
 
 # How it ends
 
 
 def started(here: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "layer_tying", "train", *arguments]
+    command = [sys.executable, "-m", "layer_tying", *arguments]
     return subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
 
 
@@ -148,7 +146,7 @@ def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here):
     """The real thing: another process, and whatever instant the signal happens to come."""
     flags = (*SMALL, "--max-steps", "150", "--every", "10", "--save-every", "10")
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = started(here, *flags, "--exp", number.name)
+        process = started(here, "train", *flags, "--exp", number.name)
         run = here / "runs" / number.name
         wait_for(lambda run=run: any(run.glob("checkpoints/step-*")), process)
         process.send_signal(number)
@@ -239,6 +237,17 @@ def test_a_run_that_is_there_is_neither_replaced_nor_continued_as_another(here):
     assert traces_of(here / "runs/run") == before
     assert run_command("train", *FEW_STEPS, "--seed", "4", "--overwrite", cwd=here)[0] == 0
     assert traces_of(here / "runs/run") != before
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler(here, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here / "cache"))
+    process = started(here, "train", *FEW_STEPS, "--compile")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "--compile needs a C++ compiler" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

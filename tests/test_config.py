@@ -23,7 +23,7 @@ VALID = st.fixed_dictionaries(
         "dataset": NAME,
         "nlayers": st.integers(2, 64),
         "nhead": st.just(4),
-        "emsize": st.integers(1, 512).map(lambda n: 4 * n),
+        "emsize": st.integers(1, 256).map(lambda n: 8 * n),
         "exp": NAME,
     },
     optional={
@@ -84,6 +84,7 @@ REFUSED = [
     ({"precision": "fp16"}, "'fp16'"),
     ({"log_with": "paper"}, "'paper'"),
     ({"emsize": 30, "nhead": 4}, "30"),
+    ({"emsize": 6, "nhead": 2, "family": "llama"}, "6"),
     ({"every": 11, "max_steps": 10}, "11"),
     ({"policy": "fixed"}, "--owners"),
     ({"policy": "none", "owners": "0,0"}, "--owners"),

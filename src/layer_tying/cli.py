@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -57,11 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that went away
         return _complain(error)
     except (MemoryError, RuntimeError) as error:
-        if not re.search("allocate memory|out of memory", repr(error), re.IGNORECASE):
-            raise
-        return _complain(InputError("out of memory: take a smaller model or a smaller batch"))
+        if advice := _advice(error):
+            return _complain(InputError(advice))
+        raise
     except KeyboardInterrupt:
+        print("layer-tying: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about those errors of torch that the machine is the reason of."""
+    if re.search("allocate memory|out of memory", repr(error), re.IGNORECASE):
+        return "out of memory: take a smaller model or a smaller batch"
+    if "No working C++ compiler" in str(error):
+        return "--compile needs a C++ compiler, such as g++, and found none"
+    return None
 
 
 def _complain(error: Exception) -> int:
@@ -304,11 +315,16 @@ def _run_one(config: TrainConfig, options: argparse.Namespace) -> int:
     elif options.resume and (config.folder / "config.json").exists():
         flags.append("--resume")
     command = [sys.executable, "-m", "layer_tying", "train", *flags]
-    with subprocess.Popen(command) as process:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    # In a session of its own, so that it gets Ctrl-C once, from here, whoever this process got it
+    # from: the terminal sends it to all processes, `kill` to one.
+    with subprocess.Popen(command, start_new_session=True) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the child got it too: let it save
-            process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()  # it saves
             return INTERRUPTED
 
 

@@ -126,6 +126,11 @@ class TrainConfig:
         self._check_ranges()
         if self.emsize % self.nhead:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
+        if self.family == "llama" and self.emsize // self.nhead % 2:
+            raise InputError(
+                f"emsize {self.emsize} over nhead {self.nhead} is odd: "
+                f"the heads of family llama have an even width, for rotary positions"
+            )
         if self.max_steps is not None:
             self.check_every(self.max_steps)
         self._check_source()
