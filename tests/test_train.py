@@ -16,6 +16,7 @@ from layer_tying import setup
 from layer_tying.checkpoint import newest_checkpoint
 from layer_tying.config import TrainConfig
 from layer_tying.errors import InputError
+from layer_tying.images import load_images
 from layer_tying.runlog import RunLog
 from layer_tying.surgery import TiedLayers
 from layer_tying.train import Training, evaluate_run, train
@@ -223,6 +224,17 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, text):
     text.write_text(text.read_text().replace("cat", "cow"))
     with pytest.raises(InputError, match="the data are not those it trained on"):
         train(config, resume=True)
+    with pytest.raises(InputError, match="the data are not those it trained on"):
+        evaluate_run(config.folder, "test")
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    images = load_images("digits")
+    config = small(tmp_path, family="vit", dataset="digits", policy="none", max_steps=4)
+    train(config)
+    other = replace(images, x_test=255 - images.x_test)
+    monkeypatch.setattr("layer_tying.workload.load_images", lambda *_: other)
     with pytest.raises(InputError, match="the data are not those it trained on"):
         evaluate_run(config.folder, "test")
 

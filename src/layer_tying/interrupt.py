@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,7 +11,13 @@ from types import FrameType
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request; the second one is not caught."""
+    """Turn the first Ctrl-C or SIGTERM into a request; the second one is not caught.
+
+    Python tells signals to the main thread only: in another one there are none to answer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     requested = False
 
     def request(number: int, frame: FrameType | None) -> None:

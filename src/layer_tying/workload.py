@@ -5,6 +5,7 @@ Knows nothing of tying. One class each for text, images and GLUE's tasks, with t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -235,7 +236,7 @@ class ImageWorkload:
         )
         self.batches_per_epoch = ordered.batches_per_epoch
         self.tokens_per_batch = size
-        self.facts = {"classes": list(images.classes)}
+        self.facts = {"classes": list(images.classes), "sha256": _sha256(images)}
 
     def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
         """Mean nats per image of uint8 pixels [B, H, W, C] and labels [B]."""
@@ -266,3 +267,11 @@ class ImageWorkload:
     def _logits(model: PreTrainedModel, pixels: np.ndarray) -> Tensor:
         scaled = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2) / 127.5 - 1
         return model(pixel_values=scaled).logits
+
+
+def _sha256(images: Images) -> str:
+    digest = hashlib.sha256()
+    for split in ("train", "validation", "test"):
+        for part in ("x", "y"):
+            digest.update(np.ascontiguousarray(getattr(images, f"{part}_{split}")).data)
+    return digest.hexdigest()
