@@ -102,9 +102,10 @@ class Crash(Exception):
 
 def crashed_at(config: TrainConfig, call: int) -> None:
     """Train in this process up to an exception at the n-th step: cheaper than a process."""
-    from layer_tying.train import Training, train
+    from layer_tying.train import train
+    from layer_tying.training import Training
 
-    original, calls = Training._train_step, 0
+    original, calls = Training.train_step, 0
 
     def counting(training: Training) -> Any:
         nonlocal calls
@@ -113,7 +114,7 @@ def crashed_at(config: TrainConfig, call: int) -> None:
             raise Crash
         return original(training)
 
-    with patch.object(Training, "_train_step", counting), suppress(Crash):
+    with patch.object(Training, "train_step", counting), suppress(Crash):
         train(config)
     assert not (config.folder / "summary.json").exists(), "it was to crash, but ended"
 

@@ -19,7 +19,8 @@ from layer_tying.errors import InputError
 from layer_tying.images import load_images
 from layer_tying.runlog import RunLog
 from layer_tying.surgery import TiedLayers
-from layer_tying.train import Training, evaluate_run, train
+from layer_tying.train import evaluate_run, train
+from layer_tying.training import Training
 from layer_tying.tying import Tying
 
 # Of a summary, what two equal runs need not have in common.
@@ -66,7 +67,7 @@ def training_of(config: TrainConfig) -> Training:
 
 # Going on exactly
 
-MIDDLE = ("layer_tying.train:Training._train_step", 17)  # five steps after a checkpoint
+MIDDLE = ("layer_tying.training:Training.train_step", 17)  # five steps after a checkpoint
 CASES = {
     "none-gpt2": ({"policy": "none"}, MIDDLE),
     "random-gpt2": ({"policy": "random"}, MIDDLE),
@@ -78,12 +79,12 @@ CASES = {
     "owner-fresh-llama": ({"family": "llama", "gradient": "owner", "moments": "fresh"}, MIDDLE),
     "from-none": ({"initial": "none", "accumulate": 2, "checkpointing": True}, MIDDLE),
     "steps-out-of-step": ({"save_every": 5, "log_every": 7, "eval_every": 9, "every": 3}, MIDDLE),
-    "between-decision-and-its-line": ({}, ("layer_tying.train.decision_line", 4)),
-    "before-the-first-checkpoint": ({}, ("layer_tying.train:Training._train_step", 4)),
+    "between-decision-and-its-line": ({}, ("layer_tying.training.decision_line", 4)),
+    "before-the-first-checkpoint": ({}, ("layer_tying.training:Training.train_step", 4)),
     "in-the-first-save": ({}, ("layer_tying.checkpoint._replace", 1)),
     "in-a-later-save": ({}, ("layer_tying.checkpoint._replace", 4)),
     "while-the-best-is-saved": ({}, ("layer_tying.checkpoint._replace", 5)),
-    "after-the-last-step": ({}, ("layer_tying.train:Training.finish", 1)),
+    "after-the-last-step": ({}, ("layer_tying.train.summarise", 1)),
 }
 
 
@@ -117,8 +118,8 @@ def test_what_is_compared_is_not_empty(tmp_path, text):
 
 def test_a_run_killed_twice_goes_on_exactly(tmp_path, text, left_alone):
     config = small(tmp_path)
-    killed_at(config, "layer_tying.train:Training._train_step", 9)
-    killed_at(config, "layer_tying.train:Training._train_step", 9, resume=True)
+    killed_at(config, "layer_tying.training:Training.train_step", 9)
+    killed_at(config, "layer_tying.training:Training.train_step", 9, resume=True)
     train(config, resume=True)
     assert traces_of(config.folder) == left_alone()[0]
 
@@ -126,10 +127,10 @@ def test_a_run_killed_twice_goes_on_exactly(tmp_path, text, left_alone):
 @pytest.mark.parametrize(
     ("instant", "stopped_at"),
     [
-        (("layer_tying.train:Training._train_step", 10, signal.SIGINT), 10),
-        (("layer_tying.train:Training._reward", 1, signal.SIGTERM), 1),
-        (("layer_tying.train:Training._validate", 1, signal.SIGINT), 8),
-        (("layer_tying.train:Training._save", 1, signal.SIGINT), 7),
+        (("layer_tying.training:Training.train_step", 10, signal.SIGINT), 10),
+        (("layer_tying.training:Training._reward", 1, signal.SIGTERM), 1),
+        (("layer_tying.training:Training.validate", 1, signal.SIGINT), 8),
+        (("layer_tying.train.save", 1, signal.SIGINT), 7),
     ],
 )
 def test_a_request_to_stop_saves_and_the_run_goes_on_exactly(
@@ -146,7 +147,7 @@ def test_a_request_to_stop_saves_and_the_run_goes_on_exactly(
 
 def test_a_request_to_stop_that_comes_with_the_last_step_ends_the_run(tmp_path, text):
     config = small(tmp_path)
-    function = "layer_tying.train:Training._train_step"
+    function = "layer_tying.training:Training.train_step"
     assert in_process(train_until, config, function, 24, signal.SIGINT) == 0
     assert json.loads((config.folder / "summary.json").read_text())["steps"] == 24
 
@@ -345,7 +346,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, text, fami
     two = training_of(small(tmp_path, batch_size=4, accumulate=2, **changes))
     one = training_of(small(tmp_path, batch_size=8, accumulate=1, **changes))
     for step in range(5):
-        losses = [float(training._train_step()) for training in (two, one)]
+        losses = [float(training.train_step()) for training in (two, one)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5), step
     assert two.tally.tokens == one.tally.tokens == 5 * 8 * 16
     for mine, other in zip(two.model.parameters(), one.model.parameters(), strict=True):
@@ -361,7 +362,7 @@ def test_a_step_is_one_of_adamw_on_the_clipped_gradient(tmp_path, text):
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False)
     for step in range(3):
-        training._train_step()
+        training.train_step()
         inputs, labels = map(torch.from_numpy, next(other.workload.batches))
         logits = model(input_ids=inputs).logits.flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, labels.flatten()).backward()
@@ -441,8 +442,8 @@ def test_storage_is_what_the_tying_says_after_every_step(tmp_path, text):
     training.log.checkpoints.mkdir(parents=True)
     seen = set()
     for _ in range(20):
-        training._train_step()
-        training._decide()
+        training.train_step()
+        training.decide()
         training.layers.verify()
         tying = TiedLayers(training.model).tying  # read off the storage
         assert tying == training.layers.tying
@@ -575,7 +576,7 @@ def test_the_best_weights_are_scored_not_the_last(tmp_path, text):
 def test_a_run_that_diverges_still_ends(tmp_path, text, monkeypatch):
     """From the second step on every loss is not a number: rewards are events, scores are null."""
     config = small(tmp_path)
-    step = Training._train_step
+    step = Training.train_step
 
     def spoiled(self):
         loss = step(self)
@@ -583,7 +584,7 @@ def test_a_run_that_diverges_still_ends(tmp_path, text, monkeypatch):
             next(self.model.parameters()).fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(Training, "_train_step", spoiled)
+    monkeypatch.setattr(Training, "train_step", spoiled)
     train(config)
     decisions = lines_of(config.folder / "tying.jsonl")[1:]
     assert all(line["reward"] is None for line in decisions)
