@@ -14,6 +14,7 @@ from itertools import compress
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Ledger:
@@ -92,6 +93,10 @@ def _columns(group: Mapping[str, object]) -> list[str]:
 
 
 def _cloned(state: object) -> object:
+    if is_traceable_wrapper_subclass(state):  # quantised moments, which need not know clone()
+        names, context = state.__tensor_flatten__()
+        parts = {name: _cloned(getattr(state, name)) for name in names}
+        return type(state).__tensor_unflatten__(parts, context, state.size(), state.stride())  # type: ignore[arg-type]
     if isinstance(state, torch.Tensor):
         return state.clone()
     if isinstance(state, dict):
