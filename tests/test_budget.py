@@ -213,3 +213,12 @@ def test_a_recorded_run_over_the_budget_is_refused(folder):
         train(small(folder, **replay, budget_layers=1))
     states = [line["state"] for line in lines_of(source.folder / "tying.jsonl")]
     assert max(Tying(tuple(state)).num_independent for state in states) > 1
+
+
+def test_a_run_starts_from_a_pattern_within_its_budget(folder):
+    start = {"policy": "random", "initial": "cycle", "groups": 2, "budget_layers": 2}
+    config = small(folder, exp="pattern", nlayers=4, max_steps=6, **start)
+    train(config)
+    states = [line["state"] for line in lines_of(config.folder / "tying.jsonl")]
+    assert states[0] == [0, 1, 0, 1]
+    assert all(Tying(tuple(state)).num_independent <= 2 for state in states)

@@ -84,8 +84,9 @@ class TrainConfig:
     moments: str = _flag("copy", "optimizer state of a newly independent layer", ("copy", "fresh"))
     initial: str = _flag(
         "all",
-        "what a deciding policy starts from; frozen: all tied in name, but not yet in memory",
-        ("all", "none", "frozen"),
+        "what a deciding policy starts from: a pattern (with --groups, if it needs a number); "
+        "frozen: all tied in name, but not yet in memory",
+        (*PATTERNS, "frozen"),
     )
     budget_layers: int | None = _flag(None, "the most layers that may ever be independent")
     budget_parameters: int | None = _flag(None, "the most parameters the model may ever have")

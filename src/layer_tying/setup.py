@@ -91,7 +91,8 @@ def check_budget(allowed: Rules, start: Tying, policy: Policy | None) -> None:
 
 def _initial(config: TrainConfig) -> Tying:
     """What a deciding policy starts from: layers that start frozen are tied in name."""
-    return pattern("none" if config.initial == "none" else "all", config.nlayers)
+    name = "all" if config.initial == "frozen" else config.initial
+    return pattern(name, config.nlayers, config.groups)
 
 
 def _static_tying(config: TrainConfig) -> Tying:
