@@ -52,6 +52,10 @@ def in_process(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     """Call a function in a process of its own; its exit code, negative for a signal."""
     process = SERVER.Process(target=function, args=arguments, kwargs=options)
     process.start()
+    return _exit_code(process)
+
+
+def _exit_code(process: Any) -> int:
     process.join(120)
     if process.exitcode is None:
         process.kill()
@@ -145,11 +149,24 @@ def traces_of(folder: Path) -> dict[str, Any]:
     }
 
 
+class Command:
+    """The command in a process of its own, started in a folder that its output goes to."""
+
+    def __init__(self, *arguments: str, cwd: Path, file_limit: int = -1) -> None:
+        self._output = cwd / "stdout", cwd / "stderr"
+        options = arguments, cwd, self._output, file_limit
+        self.process = SERVER.Process(target=_command, args=options)
+        self.process.start()
+
+    def ended(self) -> tuple[int, str, str]:
+        """Wait for its end: the exit code, standard output and error."""
+        out, err = self._output
+        return _exit_code(self.process), out.read_text("utf-8"), err.read_text("utf-8")
+
+
 def run_command(*arguments: str, cwd: Path, file_limit: int = -1) -> tuple[int, str, str]:
     """Run the command in a process of its own: its exit code, standard output and error."""
-    out, err = cwd / "stdout", cwd / "stderr"
-    code = in_process(_command, arguments, cwd, (out, err), file_limit)
-    return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+    return Command(*arguments, cwd=cwd, file_limit=file_limit).ended()
 
 
 def _command(

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from small_runs import run_command, traces_of, write_text
+from small_runs import Command, run_command, traces_of, write_text
 
-from layer_tying.cli import _parser
+from layer_tying.cli import _config, _parser
 from layer_tying.config import TrainConfig
+from layer_tying.train import train
 
 SMALL = (
     *("--dataset", "text.txt", "--nlayers", "3", "--nhead", "2", "--emsize", "16"),
@@ -80,6 +81,17 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
     assert f"{summary['validation_perplexity']:.4}"[:4] in out
     assert (here / "page.html").exists()
 
+    # A run that is there is neither replaced nor continued as another, unless told.
+    before = traces_of(run)
+    again = ("train", *FEW_STEPS, "--exp", "ä run", "--lr", "0.5")
+    line = complaint(here, *again)
+    assert re.search(r"runs/ä run holds a run: .*--resume.*--overwrite.*--exp", line)
+    line = complaint(here, *again, "--resume")
+    assert "cannot resume runs/ä run with another configuration: lr is 0.001" in line
+    assert traces_of(run) == before
+    assert run_command(*again, "--overwrite", cwd=here)[0] == 0
+    assert traces_of(run) != before
+
 
 def test_help_names_every_setting(here):
     code, out, err = run_command("train", "--help", cwd=here)
@@ -98,11 +110,11 @@ def test_compare(here):
     """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
     flags = ("compare", *SMALL, "--max-steps", "250", "--every", "10", "--exp", "c")
     none, dqn = here / "runs/c/none", here / "runs/c/dqn"
-    process = started(here, *flags)
-    wait_for(lambda: any(none.glob("checkpoints/step-*")), process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    command = Command(*flags, cwd=here)
+    wait_for(lambda: any(none.glob("checkpoints/step-*")))
+    os.kill(command.process.pid, signal.SIGTERM)
+    code, _, err = command.ended()
+    assert code == 130
     assert re.search(r"stopped at step \d+ of 250; .*--resume", err.splitlines()[-1])
     assert not dqn.exists()
 
@@ -129,41 +141,53 @@ def test_compare(here):
 # How it ends
 
 
-def started(here: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "layer_tying", *arguments]
-    return subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here):
+@pytest.fixture
+def left_alone(here, monkeypatch):
+    """The traces of a run that nothing happens to, in this process."""
+
+    def run(*arguments: str) -> dict:
+        monkeypatch.chdir(here)
+        config = _config(_parser().parse_args(arguments))
+        train(replace(config, exp="left-alone"))
+        return traces_of(here / "runs/left-alone")
+
+    return run
+
+
+def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here, left_alone):
     """The real thing: another process, and whatever instant the signal happens to come."""
-    flags = (*SMALL, "--max-steps", "150", "--every", "10", "--save-every", "10")
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = started(here, "train", *flags, "--exp", number.name)
-        run = here / "runs" / number.name
-        wait_for(lambda run=run: any(run.glob("checkpoints/step-*")), process)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == code
-        if number == signal.SIGINT:
-            assert re.search(r"stopped at step \d+ of 150; .*--resume", err.splitlines()[-1])
-        assert not (run / "summary.json").exists()
-        assert run_command("train", *flags, "--exp", number.name, "--resume", cwd=here)[0] == 0
-    assert run_command("train", *flags, "--exp", "whole", cwd=here)[0] == 0
-    whole = traces_of(here / "runs/whole")
-    assert whole["metrics"][-1]["step"] == 150
-    assert traces_of(here / "runs/SIGKILL") == whole
-    assert traces_of(here / "runs/SIGINT") == whole
+    flags = ("train", *SMALL, "--max-steps", "150", "--every", "10", "--save-every", "10")
+    expected = left_alone(*flags)
+    assert expected["metrics"][-1]["step"] == 150
+
+    killed = (*flags, "--exp", "killed")
+    with subprocess.Popen([sys.executable, "-m", "layer_tying", *killed], cwd=here) as process:
+        wait_for(lambda: any(here.glob("runs/killed/checkpoints/step-*")))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    stopped = (*flags, "--exp", "stopped")
+    command = Command(*stopped, cwd=here)
+    wait_for(lambda: any(here.glob("runs/stopped/checkpoints/step-*")))
+    os.kill(command.process.pid, signal.SIGINT)
+    code, _, err = command.ended()
+    assert code == 130
+    assert re.search(r"stopped at step \d+ of 150; .*--resume", err.splitlines()[-1])
+
+    for arguments in (killed, stopped):
+        assert not (here / "runs" / arguments[-1] / "summary.json").exists()
+        assert run_command(*arguments, "--resume", cwd=here)[0] == 0
+        assert traces_of(here / "runs" / arguments[-1]) == expected
 
 
-def test_a_full_disk_while_saving(here):
+def test_a_full_disk_while_saving(here, left_alone):
     """Then, with room, the run goes on; and the numbers are those of a run left alone."""
     code, out, err = run_command("train", *FEW_STEPS, cwd=here, file_limit=30_000)
     assert (code, out) == (2, "")
@@ -174,8 +198,7 @@ def test_a_full_disk_while_saving(here):
     left = [file for file in (here / "runs/run").rglob("*") if file.is_file()]
     assert not [file for file in left if "tmp" in str(file.relative_to(here))]
     assert run_command("train", *FEW_STEPS, "--resume", cwd=here)[0] == 0
-    assert run_command("train", *FEW_STEPS, "--exp", "whole", cwd=here)[0] == 0
-    assert traces_of(here / "runs/run") == traces_of(here / "runs/whole")
+    assert traces_of(here / "runs/run") == left_alone("train", *FEW_STEPS)
 
 
 # What it refuses
@@ -227,27 +250,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(here, name):
     assert not [file for file in here.rglob("runs/**/*") if file.is_file()]
 
 
-def test_a_run_that_is_there_is_neither_replaced_nor_continued_as_another(here):
-    assert run_command("train", *FEW_STEPS, cwd=here)[0] == 0
-    before = traces_of(here / "runs/run")
-    line = complaint(here, "train", *FEW_STEPS)
-    assert re.search(r"runs/run holds a run: .*--resume.*--overwrite.*--exp", line)
-    line = complaint(here, "train", *FEW_STEPS, "--lr", "0.5", "--resume")
-    assert "cannot resume runs/run with another configuration: lr is 0.001" in line
-    assert traces_of(here / "runs/run") == before
-    assert run_command("train", *FEW_STEPS, "--seed", "4", "--overwrite", cwd=here)[0] == 0
-    assert traces_of(here / "runs/run") != before
-
-
 @pytest.mark.slow
 def test_compiling_without_a_compiler(here, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here / "cache"))
-    process = started(here, "train", *FEW_STEPS, "--compile")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "--compile needs a C++ compiler" in err.splitlines()[-1]
-    assert "Traceback" not in err
+    command = [sys.executable, "-m", "layer_tying", "train", *FEW_STEPS, "--compile"]
+    result = subprocess.run(command, check=False, cwd=here, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--compile needs a C++ compiler" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
