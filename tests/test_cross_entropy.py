@@ -107,11 +107,13 @@ def test_it_is_the_loss_of_a_models_logits(family, causal):
         hidden_size=16,
         vocab_size=60,
         max_length=12,
+        pad_id=7,
         causal=bool(causal),
     )
     model = getattr(transformers, config.architectures[0])(config).double()
     inputs, labels = torch.randint(60, (2, 2, 12))
     labels[:, ::3] = -100
+    inputs[:, :2] = 7  # padding, whose embedding BERT does not train, and twice the same token
     wanted = nn.functional.cross_entropy(model(input_ids=inputs).logits.mT, labels)
     wanted.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -121,6 +123,11 @@ def test_it_is_the_loss_of_a_models_logits(family, causal):
     torch.testing.assert_close(loss, wanted)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    language_model_loss(model, inputs, labels).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * gradients[name], msg=f"{name}, accumulated")
+    with torch.no_grad():
+        torch.testing.assert_close(language_model_loss(model, inputs, labels), wanted)
 
 
 def test_no_gradients_are_made_where_none_are_wanted():
