@@ -1,8 +1,8 @@
 """Peak memory of training a GPT-2 of 48 layers x 1600: conventional against tied.
 
-Each side runs in a process of its own. Reports the peak resident set (on CUDA: the peak allocation),
-the peak above the interpreter's own, the model state by component, and the bound that the model
-state alone sets.
+Each side runs in a process of its own. Reports the peak resident set (on CUDA: the peak
+allocation), the peak above the interpreter's own, the model state by component, and the bound that
+the model state alone sets.
 
     python benchmarks/memory.py --layers 48 --width 1600 --independent 48 7
 """
@@ -90,7 +90,9 @@ def main() -> None:
         return
     rows = [_in_a_process(sys.argv[1:], n) for n in options.independent]
     whole = rows[0]
-    print(f"{'independent':>12} {'peak':>10} {'above own':>10} {'ratio':>7} {'bound':>7} {'build':>8}")
+    print(
+        f"{'independent':>12} {'peak':>10} {'above own':>10} {'ratio':>7} {'bound':>7} {'build':>8}"
+    )
     for row in rows:
         ratio = whole["above_own_bytes"] / row["above_own_bytes"]
         bound = whole["model_state_bytes"] / row["model_state_bytes"]
