@@ -136,7 +136,6 @@ def test_all_means_one_layer_of_each_kind():
         ({"gradient": "mean"}, "gradient is"),
         ({"policy": DQN(4)}, "4 layers.* 6"),
     ],
-    ids=str,
 )
 def test_bad_input_is_one_clear_error(options, message):
     with pytest.raises(InputError, match=message) as error:
