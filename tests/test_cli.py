@@ -217,6 +217,12 @@ WRONG = {
     "empty-file": (("train", "--dataset", "empty.txt"), "empty.txt: the file is empty"),
     "binary-file": (("train", "--dataset", "binary.txt"), "binary.txt: binary file"),
     "empty-folder": (("train", "--dataset", "empty"), "empty: the folder holds no text"),
+    "short-validation": (("train", "--dataset", "tiny.txt", "--bptt", "16"), "nothing to predict"),
+    "short-masked": (
+        ("train", "--dataset", "small.txt", "--bptt", "16", "--family", "bert"),
+        "nothing to predict in the 2 tokens of the test split",
+    ),
+    "both": (("train", "--resume", "--overwrite"), "--overwrite: not allowed with argument"),
     "short-text": (("train", *SMALL, "--bptt", "100000"), "shorter than one sequence"),
     "heads": (("train", "--emsize", "30", "--nhead", "4"), "30 is not divisible by nhead 4"),
     "one-layer": (("train", "--nlayers", "1"), "nlayers is at least 2, got 1"),
@@ -245,6 +251,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(here, name):
     arguments, said = WRONG[name]
     (here / "empty.txt").write_text("")
     (here / "binary.txt").write_bytes(bytes(range(256)))
+    text = (here / "text.txt").read_text()
+    (here / "tiny.txt").write_text(text[:20])
+    (here / "small.txt").write_text(text[:60])
     (here / "empty").mkdir()
     assert said in complaint(here, *arguments)
     assert not [file for file in here.rglob("runs/**/*") if file.is_file()]

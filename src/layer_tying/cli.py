@@ -143,8 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_going_on(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on where it stopped")
+    either.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _add_config(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:

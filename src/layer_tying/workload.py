@@ -20,6 +20,7 @@ from layer_tying.batches import REWARD_SEED, Batches, Stream, evaluation_windows
 from layer_tying.config import TrainConfig
 from layer_tying.cross_entropy import language_model_loss
 from layer_tying.data import Corpus, load_lambada, load_texts, tokenize
+from layer_tying.errors import InputError
 from layer_tying.glue import load_task
 from layer_tying.images import ImageBatches, Images, load_images
 from layer_tying.models import classifier_config, image_config, language_config
@@ -132,6 +133,21 @@ class LanguageWorkload:
         self.batches_per_epoch = ordered.batches_per_epoch
         self.tokens_per_batch = config.batch_size * config.bptt
         self.facts = {"sha256": corpus.sha256, "source": corpus.source}
+        self._windows = {split: self._held_out(split) for split in ("validation", "test")}
+
+    def _held_out(self, split: str) -> Pair:
+        """All of a split in order: inputs and labels, the same masks at every evaluation."""
+        tokens = getattr(self.corpus, split).tokens
+        inputs, labels = evaluation_windows(tokens, self._length)
+        if self.masked:
+            inputs, masked = mask_tokens(inputs, np.random.default_rng(0), self.tokenizer)
+            labels = np.where(labels == evaluate.IGNORED, evaluate.IGNORED, masked)
+        if (labels == evaluate.IGNORED).all():
+            raise InputError(
+                f"nothing to predict in the {len(tokens)} tokens of the {split} split: "
+                f"use a longer text"
+            )
+        return inputs, labels
 
     def _stream(self, batches: Batches, seed: int) -> Stream:
         return MaskedBatches(batches, self.tokenizer, seed) if self.masked else batches
@@ -156,10 +172,7 @@ class LanguageWorkload:
     ) -> dict[str, float]:
         """Perplexity per token; bits per byte, per word, last-word accuracy where they apply."""
         part = getattr(self.corpus, split)
-        inputs, labels = evaluation_windows(part.tokens, self._length)
-        if self.masked:  # the same masks at every evaluation
-            inputs, masked = mask_tokens(inputs, np.random.default_rng(0), self.tokenizer)
-            labels = np.where(labels == evaluate.IGNORED, evaluate.IGNORED, masked)
+        inputs, labels = self._windows[split]
         slices = evaluate.slices(len(inputs), self._eval_batch_size, max_batches)
         with evaluate.evaluating(model):
             loss = evaluate.mean_loss(
