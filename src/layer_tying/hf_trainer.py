@@ -212,7 +212,8 @@ def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Chec
                 return saved
     raise InputError(
         f"the run resumed at step {state.global_step} has tied layers, and their state is not in "
-        f"{folders[-1] / FOLDER}: name the checkpoint's folder in args.resume_from_checkpoint too"
+        f"{folders[-1] / FOLDER}: name the checkpoint's folder in args.resume_from_checkpoint too, "
+        f"or, if it was killed while it saved, resume from the one before"
     )
 
 
