@@ -28,6 +28,9 @@ docs: $(VENV)/.docs   ## the documentation as a site, in site/
 bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied
 	$(BIN)/python benchmarks/memory.py
 
+paper-small: $(VENV)/.test ## every row of the paper at small scale: 1.5 hours on 2 free cores, resumes
+	$(BIN)/python benchmarks/paper.py
+
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
@@ -41,4 +44,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: docs help demo test test-slow check bench-memory
+.PHONY: paper-small docs help demo test test-slow check bench-memory

@@ -23,7 +23,8 @@ GlueBatch = dict[str, np.ndarray]  # as ``glue.encode`` makes them
 class GlueWorkload:
     """Fine-tuning for a task of GLUE, whose test labels are not public.
 
-    A tenth of the training examples validates, and the task's dev split is what ``test`` scores.
+    A tenth of the training examples (at most 1,000) validates, and the task's dev split is what
+    ``test`` scores, so that nothing is selected on dev.
     A token in excess of the sequence length is cut off.
 
     Args:
@@ -54,7 +55,7 @@ class GlueWorkload:
         self._has_token_types = config.family == "bert"
         self.model_config = model_config
         order = np.random.default_rng(0).permutation(len(task.train))
-        held, kept = np.split(order, [max(1, len(order) // 10)])
+        held, kept = np.split(order, [min(1000, max(1, len(order) // 10))])
         self._splits = {"validation": [task.train[i] for i in held], "test": task.dev}
         train = [task.train[i] for i in kept]
         seed, size = config.seed, config.batch_size
