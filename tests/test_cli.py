@@ -87,7 +87,7 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
     line = complaint(here, *again)
     assert re.search(r"runs/ä run holds a run: .*--resume.*--overwrite.*--exp", line)
     line = complaint(here, *again, "--resume")
-    assert "cannot resume runs/ä run with another configuration: lr is 0.001" in line
+    assert "cannot resume runs/ä run with another configuration: lr is 0.003" in line
     assert traces_of(run) == before
     assert run_command(*again, "--overwrite", cwd=here)[0] == 0
     assert traces_of(run) != before
@@ -108,14 +108,14 @@ def test_help_names_every_setting(here):
 
 def test_compare(here):
     """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
-    flags = ("compare", *SMALL, "--max-steps", "250", "--every", "10", "--exp", "c")
+    flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
     none, dqn = here / "runs/c/none", here / "runs/c/dqn"
     command = Command(*flags, cwd=here)
     wait_for(lambda: any(none.glob("checkpoints/step-*")))
     os.kill(command.process.pid, signal.SIGTERM)
     code, _, err = command.ended()
     assert code == 130
-    assert re.search(r"stopped at step \d+ of 250; .*--resume", err.splitlines()[-1])
+    assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
     assert not dqn.exists()
 
     for ended in ([], [none, dqn]):
@@ -134,7 +134,7 @@ def test_compare(here):
 
     # What cannot go on is said at once, not after the first of the runs.
     assert "holds a run" in complaint(here, *flags)
-    assert "lr is 0.001 in one and 0.5" in complaint(here, *flags, "--lr", "0.5", "--resume")
+    assert "lr is 0.003 in one and 0.5" in complaint(here, *flags, "--lr", "0.5", "--resume")
     assert "policy" in complaint(here, *flags, "--policies", "none,dqm")
 
 
@@ -163,9 +163,9 @@ def left_alone(here, monkeypatch):
 
 def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here, left_alone):
     """The real thing: another process, and whatever instant the signal happens to come."""
-    flags = ("train", *SMALL, "--max-steps", "150", "--every", "10", "--save-every", "10")
+    flags = ("train", *SMALL, "--max-steps", "80", "--every", "10", "--save-every", "10")
     expected = left_alone(*flags)
-    assert expected["metrics"][-1]["step"] == 150
+    assert expected["metrics"][-1]["step"] == 80
 
     killed = (*flags, "--exp", "killed")
     with subprocess.Popen([sys.executable, "-m", "layer_tying", *killed], cwd=here) as process:
@@ -179,7 +179,7 @@ def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here, 
     os.kill(command.process.pid, signal.SIGINT)
     code, _, err = command.ended()
     assert code == 130
-    assert re.search(r"stopped at step \d+ of 150; .*--resume", err.splitlines()[-1])
+    assert re.search(r"stopped at step \d+ of 80; .*--resume", err.splitlines()[-1])
 
     for arguments in (killed, stopped):
         assert not (here / "runs" / arguments[-1] / "summary.json").exists()

@@ -354,7 +354,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, text, fami
 
 
 def test_a_step_is_one_of_adamw_on_the_clipped_gradient(tmp_path, text):
-    config = small(tmp_path, policy="none", clip=0.01, warmup=0.5, weight_decay=0.3)
+    config = small(tmp_path, policy="none", clip=0.01, warmup=0.5, weight_decay=0.3, lr=1e-3)
     training, other = training_of(config), training_of(config)
     model = other.model
     decayed = [p for p in model.parameters() if p.ndim > 1]
