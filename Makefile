@@ -7,7 +7,7 @@ help:                 ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
 
 demo: $(VENV)/.run    ## train a GPT-2 conventionally and with the paper's agent, and report
-	$(BIN)/layer-tying compare --exp demo --overwrite --max-steps 800 --every 20 --eval-every 100 \
+	$(BIN)/layer-tying compare --exp demo --overwrite --max-steps 1200 --every 20 --eval-every 100 \
 		--eval-batches 20
 
 test: $(VENV)/.test   ## the tests, in minutes, without a network
