@@ -243,7 +243,7 @@ def _recipe(options: argparse.Namespace) -> int:
         raise InputError(f"{asked}: see layer-tying recipe --list")
     config = replace(rows[options.name], data_dir=options.data_dir)
     if options.max_steps is not None:
-        config = replace(config, max_steps=options.max_steps)
+        config = replace(config, max_steps=options.max_steps, eval_every=options.max_steps)
     if first := runs_first(config):
         raise InputError(
             f"{options.name} starts from {config.source}, which has not ended: "
