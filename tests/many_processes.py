@@ -11,7 +11,9 @@ from typing import Any
 
 from small_runs import SERVER
 
-SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report", "tiny_models", "layer_tying.sharding"])
+SERVER.set_forkserver_preload(
+    ["layer_tying.train", "layer_tying.report", "layer_tying.sharding", "tiny_models"]
+)
 
 
 class Died:
