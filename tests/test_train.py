@@ -79,6 +79,7 @@ CASES = {
     "owner-fresh-llama": ({"family": "llama", "gradient": "owner", "moments": "fresh"}, MIDDLE),
     "from-none": ({"initial": "none", "accumulate": 2, "checkpointing": True}, MIDDLE),
     "steps-out-of-step": ({"save_every": 5, "log_every": 7, "eval_every": 9, "every": 3}, MIDDLE),
+    "best-is-long-ago": ({"policy": "none", "lr": 3.0, "warmup": 0.9, "clip": 1e6}, MIDDLE),
     "between-decision-and-its-line": ({}, ("layer_tying.training.decision_line", 4)),
     "before-the-first-checkpoint": ({}, ("layer_tying.training:Training.train_step", 4)),
     "in-the-first-save": ({}, ("layer_tying.checkpoint._replace", 1)),
