@@ -23,7 +23,7 @@ check: $(VENV)/.test  ## style, types and the direction of imports
 	$(BIN)/python -m pytest tests/test_imports.py
 
 docs: $(VENV)/.docs   ## the documentation as a site, in site/
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied
 	$(BIN)/python benchmarks/memory.py
