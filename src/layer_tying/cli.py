@@ -100,6 +100,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_going_on(compare)
     compare.set_defaults(run=_compare)
 
+    _add_finetune(commands)
+    _add_recipe(commands)
+
+    evaluate = commands.add_parser("evaluate", help="score a run's best weights")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="test")
+    evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
+    evaluate.set_defaults(run=_evaluate)
+
+    cli_use.add_commands(commands)
+
+    report = commands.add_parser("report", help="make one page of figures and tables of runs")
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--output", type=Path, help="the page (default: report.html in the first)")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_finetune(commands: argparse._SubParsersAction[Any]) -> None:
     finetune = commands.add_parser("finetune", help="fine-tune a run's best weights for GLUE")
     finetune.add_argument("--task", choices=TASKS, required=True, help="what for")
     finetune.add_argument("--from", dest="source", metavar="RUN", required=True, help="the run")
@@ -115,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_going_on(finetune)
     finetune.set_defaults(run=_finetune, lr=3e-4, epochs=3)
 
+
+def _add_recipe(commands: argparse._SubParsersAction[Any]) -> None:
     recipe = commands.add_parser("recipe", help="train a row of the paper")
     recipe.add_argument("name", nargs="?", metavar="NAME", help="one of those that --list lists")
     recipe.add_argument("--list", action="store_true", help="list the recipes")
@@ -126,20 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_going_on(recipe)
     recipe.set_defaults(run=_recipe)
-
-    evaluate = commands.add_parser("evaluate", help="score a run's best weights")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    evaluate.add_argument("--split", choices=("validation", "test"), default="test")
-    evaluate.add_argument("--data-dir", "--data_dir", help="where local data sets lie now")
-    evaluate.set_defaults(run=_evaluate)
-
-    cli_use.add_commands(commands)
-
-    report = commands.add_parser("report", help="make one page of figures and tables of runs")
-    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
-    report.add_argument("--output", type=Path, help="the page (default: report.html in the first)")
-    report.set_defaults(run=_report)
-    return parser
 
 
 def _add_going_on(parser: argparse.ArgumentParser) -> None:
