@@ -297,6 +297,23 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, interruption)
     assert read_checkpoint(before).step == 7
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("rename", target.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(("sync", path.name)))
+    monkeypatch.setattr(Path, "rename", renamed)
+    save(tmp_path, step=7)
+    *before, rename_event, after = events
+    assert rename_event == ("rename", "step-00000007")
+    assert {name for kind, name in before if kind == "sync"} == {*FILES, ".step-00000007.tmp"}
+    assert after == ("sync", tmp_path.name)
+
+
 SAVE_UNDER_A_LIMIT = """
 import resource, sys, torch
 from pathlib import Path

@@ -177,12 +177,12 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(tmp_path, text):
         train(config, resume=True)
 
 
-def test_a_torn_best_checkpoint_is_made_anew(tmp_path, text, left_alone):
-    config = small(tmp_path)
+def test_a_torn_best_checkpoint_is_made_anew(tmp_path, text):
+    """From the validations that are still to come, though none is as good as what was lost."""
+    config = small(tmp_path, policy="none", lr=3.0, warmup=0.9, clip=1e6)
     killed_at(config, *MIDDLE)
     (config.folder / "checkpoints/best/model.safetensors").write_bytes(b"")
-    train(config, resume=True)
-    assert traces_of(config.folder) == left_alone()[0]
+    assert train(config, resume=True)["best_step"] in (16, 24)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, text):
