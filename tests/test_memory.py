@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 import torch
 from torch import nn
 
@@ -72,3 +73,30 @@ def test_a_process_does_not_report_the_memory_of_the_one_that_started_it():
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 50 << 20 < json.loads(result.stdout) < len(ballast)
+
+
+FREES_BETWEEN_SMALL_BLOCKS = """
+import psutil, torch
+from layer_tying.memory import return_freed_memory
+
+return_freed_memory()
+once = torch.ones(31 * 2**20, dtype=torch.uint8)  # from which glibc would learn
+del once
+before = psutil.Process().memory_info().rss
+large, small = [], []
+for _ in range(10):
+    large.append(torch.ones(20 * 2**20, dtype=torch.uint8))
+    small.append(bytes(200_000))
+held = psutil.Process().memory_info().rss - before
+large.clear()
+print(held, psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_large_tensors_are_given_back_when_freed_wherever_they_lie():
+    command = [sys.executable, "-c", FREES_BETWEEN_SMALL_BLOCKS]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    held, left = map(int, ended.stdout.split())
+    assert held > 200e6
+    assert left < 20e6

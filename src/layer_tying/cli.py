@@ -195,8 +195,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_and_report(config: TrainConfig, options: argparse.Namespace) -> int:
+    from layer_tying.memory import return_freed_memory
     from layer_tying.train import Interrupted, train
 
+    return_freed_memory()
     speaks = int(os.environ.get("RANK", "0")) == 0  # one of many processes
     try:
         summary = train(config, resume=options.resume, overwrite=options.overwrite)

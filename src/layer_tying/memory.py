@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+MMAP_THRESHOLD, LARGE = -3, 2**23  # of mallopt; bytes
 
 
 @dataclass(frozen=True)
@@ -67,3 +71,15 @@ def peak_bytes(device: torch.device) -> int:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Have large tensors in RAM given back to the system when they are freed, on Linux.
+
+    Of itself glibc learns to keep freed blocks of up to 32 MiB on its heap: the weights and
+    gradients of a layer that is tied would go on counting as in use, in pieces that fit nothing
+    else. It is a setting of the whole process, so it is the command that calls this.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # of another C library
+            ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
