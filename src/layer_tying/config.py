@@ -72,6 +72,11 @@ class TrainConfig:
     batch_size: int = _flag(8, "sequences in a batch, over all processes")
     eval_batch_size: int = _flag(32, "sequences in an evaluation batch")
     accumulate: int = _flag(1, "batches whose gradients make one optimizer step")
+    optimizer: str = _flag(
+        "adamw",
+        "adamw, or adamw8bit: its moments in 8 bits, by bitsandbytes",
+        ("adamw", "adamw8bit"),
+    )
     lr: float = _flag(3e-3, "peak learning rate of AdamW")
     warmup: float = _flag(0.05, "share of the steps over which the learning rate rises")
     final_lr: float = _flag(0.1, "where the cosine ends, as a share of the peak learning rate")

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from layer_tying.budget import max_independent
@@ -162,12 +163,24 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only; its fused step makes no temporary copies."""
+def adamw(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW that decays matrices only; its fused step makes no temporary copies.
+
+    Raises:
+        InputError: if moments of 8 bits are asked for and bitsandbytes, which has them, is absent.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise InputError(
+            f"optimizer {config.optimizer} needs bitsandbytes, pip install bitsandbytes: {error}"
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))
