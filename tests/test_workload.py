@@ -14,7 +14,7 @@ import torch
 from scipy.special import logsumexp
 from small_runs import WORDS, lines_of, small
 
-from layer_tying import files
+from layer_tying import files, setup
 from layer_tying.config import TrainConfig
 from layer_tying.data import load_lambada
 from layer_tying.models import build_model
@@ -174,3 +174,34 @@ def test_a_few_steps_on_real_data(tmp_path, monkeypatch, changes, measured):
     config = small(tmp_path, max_steps=5, bptt=64, eval_batch_size=64, **changes)
     monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
     assert measured <= train(config).keys()
+
+
+@pytest.mark.parametrize(
+    "family, dataset", [("gpt2", ""), ("llama", ""), ("bert", ""), ("vit", "digits")]
+)
+def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(family, dataset):
+    config = TrainConfig(
+        policy="none", family=family, dataset=dataset, nlayers=2, emsize=32, precision="bf16"
+    )
+    workload = build_workload(config)
+    torch.manual_seed(0)
+    model = build_model(workload.model_config, Tying.independent(2)).eval()
+    batch = next(workload.batches)
+    usual = model.config._attn_implementation
+    losses = []
+    for _ in range(2):
+        with torch.no_grad(), setup.autocast(config, model.device):
+            losses.append(float(workload.loss(model, batch)))
+        setup.choose_attention(model, config)
+    assert usual != "eager"
+    assert model.config._attn_implementation == "eager"
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"precision": "bf16", "bptt": 512}])
+def test_other_sequences_attend_by_the_fused_kernel(changes):
+    config = TrainConfig(policy="none", nlayers=2, emsize=32, **changes)
+    model = build_model(build_workload(config).model_config, Tying.independent(2))
+    usual = model.config._attn_implementation
+    setup.choose_attention(model, config)
+    assert model.config._attn_implementation == usual != "eager"

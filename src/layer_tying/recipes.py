@@ -26,7 +26,7 @@ GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
 BASE: dict[str, dict[str, Any]] = {
     "small": {
         **{"nlayers": 12, "nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"},
-        **{"batch_size": 8, "lr": 2e-3, "max_steps": 600, "every": 10},
+        **{"batch_size": 8, "lr": 2e-3, "max_steps": 600, "every": 10, "eval_batches": 20},
     },
     "paper": {
         **{"nlayers": 48, "nhead": 25, "emsize": 1600, "bptt": 256, "tokenizer": "gpt2"},

@@ -169,5 +169,6 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
     model = build_model(workload.model_config, best.tying, device=_accelerator().device)
     best.load_weights(model)
+    setup.choose_attention(model, config)
     with setup.autocast(config, model.device):
         return workload.scores(model, split)

@@ -53,6 +53,7 @@ class Training:
         in_memory = Tying.independent(config.nlayers) if config.freezes else start
         self.model = build_model(self.workload.model_config, in_memory, device=accelerator.device)
         self.model.config.use_cache = False
+        setup.choose_attention(self.model, config)
         if config.task:
             load_backbone(best_checkpoint(config), self.model)
         if config.checkpointing:
