@@ -61,6 +61,7 @@ def language_config(
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
+            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel: saves x, not six tensors
             architectures=["GPT2LMHeadModel"],
             **special,
         )
