@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-MMAP_THRESHOLD, LARGE = -3, 2**23  # of mallopt; bytes
+MMAP_THRESHOLD, LARGE = -3, 2**21  # of mallopt; bytes
 
 
 @dataclass(frozen=True)
