@@ -61,7 +61,7 @@ def language_config(
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
-            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel: saves x, not six tensors
+            activation_function="gelu_pytorch_tanh",  # gelu_new, but saves one tensor, not six
             architectures=["GPT2LMHeadModel"],
             **special,
         )
