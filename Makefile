@@ -25,8 +25,14 @@ check: $(VENV)/.test  ## style, types and the direction of imports
 docs: $(VENV)/.docs   ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied
+bench-memory: $(VENV)/.run ## peak memory of 48 x 1600, conventional and tied: 25 minutes, resumes
 	$(BIN)/python benchmarks/memory.py
+
+bench-speed: $(VENV)/.run ## steps, decisions, compiling, generating: 13 minutes, resumes
+	$(BIN)/python benchmarks/speed.py
+
+bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same step: 11 minutes, resumes
+	$(BIN)/python benchmarks/alternatives.py
 
 paper-small: $(VENV)/.test ## every row of the paper at small scale: 1.5 hours on 2 free cores, resumes
 	$(BIN)/python benchmarks/paper.py
@@ -40,8 +46,12 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test,check]'
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.run
+	$(PIP) --editable '.[bench]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow check bench-memory
+.PHONY: paper-small docs help demo test test-slow check bench-memory bench-speed bench-alternatives

@@ -1,112 +1,138 @@
 """Peak memory of training a GPT-2 of 48 layers x 1600: conventional against tied.
 
-Each side runs in a process of its own. Reports the peak resident set (on CUDA: the peak
-allocation), the peak above the interpreter's own, the model state by component, and the bound that
-the model state alone sets.
+Each side trains in a process of its own: bf16 weights, fused AdamW, one sequence a step. A tied
+side goes through ten transitions, to one independent layer more or to half of them and back; every
+second one is followed by an evaluation, as a decision would be, and two by a training step.
+Reported are the peak resident set (on CUDA: the peak allocation), the peak above what the process
+held after it had trained a toy, what the model state takes of it, by component, and how far
+transitions raised it. 1,024 tokens are measured with checkpointing only, and at three points.
 
-    python benchmarks/memory.py --layers 48 --width 1600 --independent 48 7
+    python benchmarks/memory.py            # 25 minutes on two CPU cores; goes on if stopped
+    python benchmarks/memory.py --quick    # 12 x 256 instead, a minute, into runs/quick
+    python benchmarks/memory.py --tokens 256
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import torch
+from common import (
+    Case,
+    adamw,
+    arguments,
+    batch,
+    gpt2,
+    measure_all,
+    own_bytes,
+    peak_of_phase,
+    random_tying,
+    run_case_or,
+    train_step,
+)
+from performance_tables import ratio_and_bound
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from layer_tying.evaluate import cross_entropy
-from layer_tying.memory import model_state, peak_bytes
-from layer_tying.models import build_model, language_config
-from layer_tying.policies import pattern
-from layer_tying.runlog import environment
+from layer_tying.cross_entropy import language_model_loss
+from layer_tying.evaluate import evaluating
+from layer_tying.memory import model_state
+from layer_tying.surgery import TiedLayers
+
+TRANSITIONS = 10
+SHAPE = {"layers": 48, "width": 1600, "heads": 25}
+QUICK_SHAPE = {"layers": 12, "width": 256, "heads": 4}
+INDEPENDENT = (1, 4, 7, 10)  # and all
+INDEPENDENT_IF_LONG = (1, 7)
 
 
-def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Build, train two steps, and say what it took. Runs in a process of its own."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def measure(case: Case) -> Case:
+    """Build, train, tie and untie; what it took, in bytes and seconds."""
+    own = own_bytes()
+    num_layers, independent, length = case["layers"], case["independent"], case["length"]
     torch.manual_seed(0)
-    own = peak_bytes(device)
-    config = language_config(
-        "gpt2",
-        num_layers=options.layers,
-        num_heads=options.heads,
-        hidden_size=options.width,
-        vocab_size=options.vocabulary,
-        max_length=options.length,
-    )
-    config.use_cache = False
-    tying = pattern("sequence", options.layers, options.only)
     start = time.perf_counter()
-    model = build_model(config, tying, device=device, dtype=torch.bfloat16)
-    built = {"build_seconds": time.perf_counter() - start, "build_peak": peak_bytes(device) - own}
-    if options.checkpointing:
+    tying = random_tying(num_layers, independent, seed=0)
+    model = gpt2(num_layers, case["width"], case["heads"], length, tying)
+    build_seconds = time.perf_counter() - start
+    build = peak_of_phase()
+    if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(0, options.vocabulary, (1, options.length + 1), device=device)
+    optimizer = adamw(model)
+    layers = TiedLayers(model, optimizer)
     for _ in range(2):
-        logits = model(input_ids=tokens[:, :-1]).logits
-        cross_entropy(logits, tokens[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(model, optimizer, length)
+    before = max(build, peak_of_phase())
     state = model_state(model, [optimizer])
-    peak = peak_bytes(device)
+    after = before
+    if independent < num_layers:
+        go_through_transitions(model, optimizer, layers, length)
+        after = max(before, peak_of_phase())
     return {
-        "independent_layers": options.only,
-        "peak_bytes": peak,
         "own_bytes": own,
-        "above_own_bytes": peak - own,
+        "build_above_own_bytes": build - own,
+        "build_seconds": build_seconds,
+        "peak_bytes": after,
+        "above_own_bytes": after - own,
+        "raised_by_transitions_bytes": after - before,
+        "block_state_bytes": 4 * sum(p.nbytes for p in layers.parameters(0).values()),
         "parameter_bytes": state.parameter_bytes,
         "gradient_bytes": state.gradient_bytes,
         "moment_bytes": state.moment_bytes,
         "model_state_bytes": state.total_bytes,
-        **built,
-        "environment": environment(device),
     }
 
 
-def _in_a_process(arguments: list[str], independent: int) -> dict[str, float]:
-    command = [sys.executable, __file__, *arguments, "--only", str(independent)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+def go_through_transitions(
+    model: PreTrainedModel, optimizer: Optimizer, layers: TiedLayers, length: int
+) -> None:
+    """Ten transitions from and to the number of independent layers that there are now."""
+    number = layers.tying.num_independent
+    for index in range(TRANSITIONS):
+        other = number + 1 if index % 4 == 0 else max(1, number // 2)
+        to = number if index % 2 else other
+        layers.apply(random_tying(layers.tying.num_layers, to, seed=1 + index))
+        if index % 2:
+            with evaluating(model):
+                language_model_loss(model, *batch(length, seed=index))
+        if index in (TRANSITIONS // 2, TRANSITIONS - 1):
+            train_step(model, optimizer, length)
+    layers.verify()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--width", type=int, default=1600)
-    parser.add_argument("--heads", type=int, default=25)
-    parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--independent", type=int, nargs="+", default=[48, 1, 7])
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory.json"))
-    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(options)))
-        return
-    rows = [_in_a_process(sys.argv[1:], n) for n in options.independent]
-    whole = rows[0]
-    print(
-        f"{'independent':>12} {'peak':>10} {'above own':>10} {'ratio':>7} {'bound':>7} {'build':>8}"
+    options = arguments(__doc__, "memory.json", tokens=("256", "1024"))
+    measure_all(__file__, cases(options.quick, map(int, options.tokens)), options, line)
+
+
+def cases(is_quick: bool, lengths: Iterable[int]) -> Iterator[Case]:
+    """The sides, each conventional one before those that are compared with it."""
+    shape = QUICK_SHAPE if is_quick else SHAPE
+    for length in lengths:
+        is_long = length > 256
+        for checkpointing in (True,) if is_long else (True, False):
+            for independent in (
+                shape["layers"],
+                *(INDEPENDENT_IF_LONG if is_long else INDEPENDENT),
+            ):
+                case = {**shape, "length": length, "checkpointing": checkpointing}
+                yield {**case, "independent": independent}
+
+
+def line(row: Case, rows: list[Case]) -> str:
+    name = f"{row['independent']:>3} of {row['layers']}, 1 x {row['length']}"
+    name += ", checkpointing" if row["checkpointing"] else ""
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    ratio, bound = ratio_and_bound(row, rows) or (float("nan"), float("nan"))
+    return (
+        f"{name}: {row['above_own_bytes'] / 1e6:,.0f} MB above own, "
+        f"state {row['model_state_bytes'] / 1e6:,.0f} MB, ratio {ratio:.2f} of {bound:.2f}, "
+        f"transitions +{row['raised_by_transitions_bytes'] / 1e6:.0f} MB, "
+        f"built in {row['build_seconds']:.1f} s"
     )
-    for row in rows:
-        ratio = whole["above_own_bytes"] / row["above_own_bytes"]
-        bound = whole["model_state_bytes"] / row["model_state_bytes"]
-        print(
-            f"{row['independent_layers']:>12} {row['peak_bytes'] / 1e9:>7.2f} GB "
-            f"{row['above_own_bytes'] / 1e9:>7.2f} GB {ratio:>6.2f}x {bound:>6.2f}x "
-            f"{row['build_seconds']:>6.1f} s"
-        )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(options).items() if k not in ("output", "only")}
-    result = {"command": " ".join(sys.argv), "settings": settings, "rows": rows}
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_case_or(main, measure)

@@ -1,0 +1,195 @@
+"""The parts of gpu.sh: numerics against the CPU, memory, speed, and a pair of training runs.
+
+Each measurement runs in a process of its own and is written as soon as it ends. A part begins only
+while its share of the time lasts; the pair gets what is left, half each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import memory
+import speed
+import torch
+from accelerate import Accelerator
+from common import DEVICE, QUICK, RESULTS, Case, in_a_process, run_case_or, write_results
+from performance_page import write_page
+
+from layer_tying.config import TrainConfig
+from layer_tying.evaluate import evaluating
+from layer_tying.memory import peak_bytes
+from layer_tying.models import build_model
+from layer_tying.runlog import RunLog
+from layer_tying.surgery import TiedLayers
+from layer_tying.training import Training
+from layer_tying.tying import Tying
+
+BUDGET = 525.0  # seconds; gpu.sh stops at 540
+SHAPE = {"layers": 48, "width": 1600, "heads": 25}
+TINY = {"layers": 6, "width": 64, "heads": 2}
+
+
+def measure_numerics(case: Case) -> Case:
+    """20 steps with 5 transitions in float32, on the CPU and on the device: largest differences."""
+    losses, models = [], []
+    for device in (torch.device("cpu"), DEVICE):
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        config = TrainConfig(nlayers=6, emsize=64, nhead=2, bptt=64, batch_size=4, seed=0)
+        training = Training(config, Accelerator(cpu=True), RunLog(Path("unused"), active=False))
+        model = training.model
+        if device != torch.device("cpu"):
+            moved = build_model(model.config, Tying.all_tied(6), device=device)
+            with torch.no_grad():
+                for mine, its in zip(moved.parameters(), model.parameters(), strict=True):
+                    mine.copy_(its)
+            model = moved
+        losses.append(train_through_transitions(model, training, case["gradient"]))
+        models.append(model)
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    return {
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "relative_weight_difference": max(
+            float((a.detach().cpu() - b.detach().cpu()).norm() / a.detach().cpu().norm())
+            for a, b in pairs
+        ),
+        "losses": losses,
+    }
+
+
+def train_through_transitions(model: Any, training: Training, gradient: Any) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    layers = TiedLayers(model, optimizer, gradient=gradient)
+    losses = []
+    for step in range(20):
+        loss = training.workload.loss(model, next(training.workload.batches))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 4 == 0:
+            layers.apply(Tying.from_labels([(i * (step + 1)) % (2 + step // 4) for i in range(6)]))
+    layers.verify()
+    return losses
+
+
+def measure_training(case: Case) -> Case:
+    """Train one side of the pair for as long as it is given, scoring validation as it goes."""
+    config = TrainConfig(**case["config"])
+    training = Training(config, Accelerator(), RunLog(Path("unused"), active=False))
+    start = time.perf_counter()
+    for _ in range(3):  # how long is a step?
+        training.train_step()
+        training.decide()
+    per_step = (time.perf_counter() - start) / 3
+    training.num_steps = max(10, int(0.85 * case["seconds"] / per_step))  # the rest validates
+    curve: list[Case] = []
+    due = time.perf_counter()
+    while training.step < training.num_steps:
+        loss = training.train_step()
+        training.decide()
+        spent = time.perf_counter() - start
+        is_last = training.step == training.num_steps or spent > case["seconds"]
+        if time.perf_counter() >= due or is_last:
+            due = time.perf_counter() + case["seconds"] / 8
+            curve.append(point(training, float(loss), spent))
+        if is_last:
+            break
+    return {
+        "steps": training.step,
+        "step_seconds": per_step,
+        "curve": curve,
+        "tally": training.tally.means(),
+        "peak_bytes": peak_bytes(DEVICE),
+    }
+
+
+def point(training: Training, loss: float, seconds: float) -> Case:
+    with evaluating(training.model):
+        scores = training.workload.scores(training.model, "validation", 8)
+    return {
+        "step": training.step,
+        "seconds": seconds,
+        "loss": loss,
+        "independent_layers": training.layers.tying.num_independent,
+        **scores,
+    }
+
+
+MEASURES = {
+    "numerics": measure_numerics,
+    "memory": memory.measure,
+    "speed": lambda case: speed.PARTS[case["part"]](case),
+    "training": measure_training,
+}
+
+
+def cases(tiny: bool) -> list[tuple[float, Case]]:
+    """What is measured before the pair, most important first, and by when it has to begin."""
+    shape = TINY if tiny else SHAPE
+    found: list[tuple[float, Case]] = [
+        (60.0, {"measure": "numerics", "gradient": gradient}) for gradient in ("sum", "owner")
+    ]
+    for length in (64,) if tiny else (1024, 256):
+        for checkpointing in (True,) if tiny else (True, False):
+            for independent in (shape["layers"], 1) if tiny else (48, 7, 1, 4, 10):
+                case = {**shape, "length": length, "checkpointing": checkpointing}
+                found.append((220.0, {"measure": "memory", **case, "independent": independent}))
+    tied = {**shape, "independent": 2 if tiny else 7, "length": 64 if tiny else 1024}
+    for part in ("steps", "generate") if tiny else ("steps", "decision", "generate", "compile"):
+        case = {"measure": "speed", "part": part, "repeats": 2 if tiny else 5}
+        found.append((300.0, {**case, **tied}))
+    return found
+
+
+def pair(options: argparse.Namespace, seconds: float) -> list[Case]:
+    """The paper's WikiText-2 pair: conventional and dynamic, from the same seed."""
+    shape = TINY if options.tiny else SHAPE
+    config = {
+        "dataset": options.data or "",
+        "tokenizer": options.tokenizer,
+        **{"nlayers": shape["layers"], "emsize": shape["width"], "nhead": shape["heads"]},
+        **{"bptt": 64 if options.tiny else 256, "batch_size": 4 if options.tiny else 8},
+        **{"lr": 3e-4, "every": 5 if options.tiny else 15, "precision": "bf16", "epochs": 100},
+        "checkpointing": not options.tiny,
+    }
+    return [
+        {"measure": "training", "seconds": seconds, "config": {**config, "policy": policy}}
+        for policy in ("none", "dqn")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Nine minutes on a GPU.")
+    parser.add_argument("--tiny", action="store_true", help="tiny numbers, to try it out")
+    parser.add_argument("--data", help="WikiText-2: a folder with its splits, or a text file")
+    parser.add_argument("--tokenizer", default="bpe:8000", help="as for layer-tying train")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    options.output = options.output or (QUICK if options.tiny else RESULTS) / "gpu.json"
+    start = time.perf_counter()
+    rows: list[Case] = []
+
+    def run(case: Case) -> None:
+        began = time.perf_counter()
+        rows.append(in_a_process(__file__, case))
+        rows[-1]["wall_seconds"] = round(time.perf_counter() - began, 1)
+        write_results(options.output, rows)
+        print({k: v for k, v in rows[-1].items() if k not in ("losses", "curve")}, flush=True)
+
+    for latest, case in cases(options.tiny):
+        if time.perf_counter() - start < latest:
+            run(case)
+    for turns, case in zip((2, 1), pair(options, 0.0), strict=True):
+        left = BUDGET - (time.perf_counter() - start)
+        start_up = 5.0 if options.tiny else 25.0
+        case["seconds"] = 4.0 if options.tiny else left / turns - start_up
+        run(case)
+    print(f"{options.output}, {write_page(options.output.parent)}")
+
+
+if __name__ == "__main__":
+    run_case_or(main, lambda case: MEASURES[case["measure"]](case))

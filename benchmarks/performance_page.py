@@ -1,0 +1,222 @@
+"""Writes docs/performance.md and its picture from what the benchmarks measured.
+
+Every benchmark does this when it ends; this script does it again.
+
+    python benchmarks/performance_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from performance_speed import speed_tables, speed_targets
+from performance_tables import (
+    Row,
+    Target,
+    alternatives_table,
+    beside_the_paper,
+    by_setting,
+    memory_tables,
+    memory_targets,
+    table,
+)
+
+from layer_tying.report.figures import COMPONENTS, GRID, STYLE
+
+BENCHMARKS = Path(__file__).resolve().parent
+FILES = ("memory", "speed", "alternatives", "gpu")
+COMMANDS = {name: f"make bench-{name}" for name in FILES} | {"gpu": "benchmarks/gpu.sh"}
+Results = dict[str, dict[str, Any]]
+
+
+def write_page(folder: Path = BENCHMARKS / "results") -> Path:
+    """The page of a folder of results: in docs/ of the committed ones, else beside them."""
+    is_committed = folder.resolve() == BENCHMARKS / "results"
+    place = BENCHMARKS.parent / "docs" if is_committed else folder
+    files = {name: folder / f"{name}.json" for name in FILES}
+    results = {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.exists()
+    }
+    page = place / "performance.md"
+    page.write_text(performance_page(results), encoding="utf-8")
+    if "memory" in results:
+        (place / "images").mkdir(exist_ok=True)
+        draw_memory(results["memory"]["rows"]).savefig(place / "images" / "memory.png", dpi=160)
+    return page
+
+
+def performance_page(results: Results) -> str:
+    """Markdown of all that has been measured."""
+    parts = ["# Performance", *_introduction(results)]
+    rows = {name: result["rows"] for name, result in results.items()}
+    targets = [*memory_targets(rows.get("memory", [])), *speed_targets(rows.get("speed", []))]
+    if targets:
+        parts += ["## Targets", table(("target", "limit", "measured", "met"), map(_line, targets))]
+    if "memory" in rows:
+        parts += ["## Memory", *_memory(rows["memory"])]
+    if "alternatives" in rows:
+        parts += ["## Beside other ways to save memory", *_alternatives(rows["alternatives"])]
+    if "speed" in rows:
+        parts += ["## Speed", SPEED, *speed_tables(rows["speed"])]
+    if "gpu" in rows:
+        parts += ["## On a GPU", *_gpu(rows["gpu"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(target: Target) -> tuple[str, ...]:
+    return target.name, target.limit, target.measured, "yes" if target.is_met else "**no**"
+
+
+def _introduction(results: Results) -> list[str]:
+    if not results:
+        return ["Nothing has been measured yet: `make bench-memory`."]
+    lines = [
+        f"- `{COMMANDS[name]}`: {_machine(result['environment'])}"
+        for name, result in results.items()
+    ]
+    return [
+        "What tying saves in memory and costs or gains in time, by the size of model that the "
+        "paper trains: GPT-2, 48 layers x 1600, 25 heads, a vocabulary of 50,257. bf16 weights and "
+        "moments, fused AdamW, one sequence a step. Written by the benchmarks from "
+        "`benchmarks/results/*.json`:",
+        "\n".join(lines),
+    ]
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions, hardware = environment["versions"], environment["hardware"]
+    threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{hardware['processor']} ({hardware['device']}, {threads}); {libraries}"
+
+
+def _memory(rows: Sequence[Row]) -> list[str]:
+    return [
+        "*Peak* is the largest resident set of a process that builds the model and trains it; a "
+        "tied one also goes through ten transitions. *Above own* leaves out what the process "
+        "held after it had trained a toy. *Bound* is the ratio of the model states (parameters, "
+        "gradients and moments), which no activation lets a run reach; *the rest* is what the "
+        "peak above own holds beside the whole state: activations, temporaries, the allocator. "
+        "All of the state need not be there at the peak, so it can be small. MB are 10^6 bytes.",
+        "![Peak memory above own, by component](images/memory.png)",
+        *memory_tables(rows),
+        "Beside the peaks that the paper gives for 48 layers x 1600. Its runs and ours may differ "
+        "in batch and precision, so compare the ratios; ours are of whole peaks here, the "
+        "interpreter's own included:",
+        beside_the_paper(rows),
+    ]
+
+
+def _alternatives(rows: Sequence[Row]) -> list[str]:
+    return [
+        "The same model and step, 1 x 256 tokens, with what people use instead, one process "
+        "each. *Less memory* and *of the time* are against AdamW without checkpointing. Tying and "
+        "LoRA train fewer parameters, the others all of them; nothing is said here of how well "
+        "they train. LoRA starts from a pretrained model, which the others do not need.",
+        alternatives_table(rows),
+    ]
+
+
+SPEED = (
+    "Sides that are compared take turns in one process; the fastest of their repeats counts (of "
+    "decisions the median). `sum` is true tying; in mode `owner` a shared weight learns from its "
+    "owner's position alone. A decision is the agent's choice, the transition, the evaluation and "
+    "the update of its network. Layers are compiled one by one, of the smaller model only: they "
+    "are all of one shape. Generating: a prompt of 16 tokens, 32 new ones, greedy, batch 1, with "
+    "a KV cache."
+)
+
+
+def _gpu(rows: Sequence[Row]) -> list[str]:
+    done = {name: [r for r in rows if r["measure"] == name] for name in ("memory", "speed")}
+    numerics = [r for r in rows if r["measure"] == "numerics" and "error" not in r]
+    training = [r for r in rows if r["measure"] == "training" and r.get("curve")]
+    differences = [
+        [
+            r["gradient"],
+            f"{r['largest_loss_difference']:.1e}",
+            f"{r['relative_weight_difference']:.1e}",
+        ]
+        for r in numerics
+    ]
+    curves = [
+        [
+            *(r["config"]["policy"], f"{r['steps']:,}", f"{r['step_seconds']:.3f}"),
+            *(f"{r['curve'][-1]['perplexity']:.2f}", f"{r['curve'][-1]['independent_layers']}"),
+            f"{r['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for r in training
+    ]
+    heads_of_pair = (
+        "policy",
+        "steps",
+        "s/step",
+        "validation perplexity",
+        "independent",
+        "peak, MB",
+    )
+    return [
+        "20 steps with 5 transitions in float32, against the same on the CPU:",
+        table(
+            ("gradient mode", "largest difference of a loss", "of a weight, relative"), differences
+        ),
+        *memory_tables(done["memory"]),
+        *speed_tables(done["speed"]),
+        "WikiText-2 for as long as there was time, the same for both:",
+        table(heads_of_pair, curves),
+    ]
+
+
+def draw_memory(rows: Sequence[Row]) -> Figure:
+    """Bars of the peak above own, by component; a panel a setting."""
+    groups = {
+        name: [r for r in group if "error" not in r] for name, group in by_setting(rows).items()
+    }
+    groups = {name: group for name, group in groups.items() if group}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 0.7 + 0.32 * sum(len(g) + 1.6 for g in groups.values())))
+        heights = [len(group) + 0.4 for group in groups.values()]
+        panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[
+            :, 0
+        ]
+        for axes, (name, group) in zip(panels, groups.items(), strict=True):
+            _bars(axes, group)
+            axes.set_title(name, loc="left")
+        panels[-1].set_xlabel("peak above the process's own, GB")
+        panels[0].legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower right")
+        figure.set_layout_engine("constrained")
+        figure.canvas.draw()
+    return figure
+
+
+def _bars(axes: Any, group: Sequence[Row]) -> None:
+    labels = [
+        "conventional" if r["independent"] == r["layers"] else f"{r['independent']} independent"
+        for r in group
+    ]
+    start = [0.0] * len(group)
+    for name, colour in (*COMPONENTS.items(), ("rest", GRID)):
+        if name == "rest":
+            widths = [max(0, r["above_own_bytes"] - r["model_state_bytes"]) / 1e9 for r in group]
+        else:
+            widths = [r[f"{name}_bytes"] / 1e9 for r in group]
+        label = "the rest" if name == "rest" else f"{name}s"
+        axes.barh(labels, widths, left=start, color=colour, label=label, height=0.7)
+        start = [a + b for a, b in zip(start, widths, strict=True)]
+    for index, row in enumerate(group):
+        axes.text(start[index], index, f" {row['above_own_bytes'] / 1e9:.2f}", va="center")
+    axes.invert_yaxis()
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+
+
+if __name__ == "__main__":
+    print(write_page(*map(Path, sys.argv[1:])))

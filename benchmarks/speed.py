@@ -1,0 +1,210 @@
+"""How fast tied training is beside conventional training, part by part.
+
+Sides that are compared take turns in one process, and what is compared is the fastest of their
+repeats, so that other work on the machine weighs on neither. bf16 weights, fused AdamW, one
+sequence a step.
+
+- ``steps``: forward, backward and optimizer of a step: conventional, ``sum`` and ``owner``.
+- ``decision``: a decision of the agent, with its transition and evaluation, in training steps.
+- ``compile``: compiled layers against eager ones; graphs compiled over 20 transitions. Only of the
+  smaller model: all layers are of one shape, so there is no more to compile in a larger one.
+- ``generate``: tokens a second with a KV cache, loaded compactly and expanded.
+- ``load``: the time and memory of loading each.
+
+    python benchmarks/speed.py            # 13 minutes on two CPU cores; goes on if stopped
+    python benchmarks/speed.py --quick    # a small model, a minute, into runs/quick
+    python benchmarks/speed.py --parts steps compile
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from common import (
+    DEVICE,
+    Case,
+    adamw,
+    arguments,
+    batch,
+    gpt2,
+    measure_all,
+    random_tying,
+    run_case_or,
+    train_step,
+)
+from speed_generate import FORMATS, measure_generation, measure_loading, write_export
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from layer_tying.cross_entropy import language_model_loss
+from layer_tying.dynamic import DynamicTying
+from layer_tying.evaluate import evaluating
+from layer_tying.surgery import TiedLayers
+from layer_tying.tying import Tying
+
+Side = tuple[PreTrainedModel, Optimizer]
+LARGE = {"layers": 48, "width": 1600, "heads": 25, "independent": 7, "length": 256, "repeats": 3}
+SMALL = {"layers": 12, "width": 768, "heads": 12, "independent": 3, "length": 256, "repeats": 7}
+QUICK_SHAPE = SMALL | {"width": 256, "heads": 4, "length": 64, "repeats": 3}
+TRANSITIONS = 20
+
+
+def side(case: Case, tying: Tying) -> Side:
+    torch.manual_seed(0)
+    model = gpt2(case["layers"], case["width"], case["heads"], case["length"], tying)
+    return model, adamw(model)
+
+
+def both_sides(case: Case) -> tuple[Side, Side]:
+    """The conventional model and the tied one."""
+    tying = random_tying(case["layers"], case["independent"], seed=0)
+    return side(case, Tying.independent(case["layers"])), side(case, tying)
+
+
+def timed_step(model: PreTrainedModel, optimizer: Optimizer, length: int) -> dict[str, float]:
+    """Seconds of each part of a training step, and of all of it."""
+    marks = [now()]
+    loss = language_model_loss(model, *batch(length))
+    marks.append(now())
+    loss.backward()
+    marks.append(now())
+    optimizer.step()
+    optimizer.zero_grad()
+    marks.append(now())
+    parts = {
+        name: marks[i + 1] - marks[i] for i, name in enumerate(("forward", "backward", "optimizer"))
+    }
+    return {**parts, "step": marks[-1] - marks[0]}
+
+
+def now() -> float:
+    """The time when the device has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fastest(repeats: list[dict[str, float]]) -> dict[str, float]:
+    """The minimum of each part over the repeats."""
+    return {name: min(each[name] for each in repeats) for name in repeats[0]}
+
+
+def measure_steps(case: Case) -> Case:
+    """Forward, backward, optimizer: conventional, sum and owner in turn."""
+    conventional, tied = both_sides(case)
+    repeats: dict[str, list[dict[str, float]]] = {"conventional": [], "sum": [], "owner": []}
+    for repeat in range(case["repeats"] + 1):
+        for name, times in repeats.items():
+            if name != "conventional":  # the same model reads its weights anew
+                TiedLayers(tied[0], gradient=name)  # type: ignore[arg-type]
+            model = conventional if name == "conventional" else tied
+            seconds = timed_step(*model, case["length"])
+            if repeat:  # the first one warms up
+                times.append(seconds)
+    minima = {name: fastest(times) for name, times in repeats.items()}
+    ratios = {
+        name: {part: minima[name][part] / whole for part, whole in minima["conventional"].items()}
+        for name in ("sum", "owner")
+    }
+    return {"seconds": minima, "of_conventional": ratios}
+
+
+def measure_decision(case: Case) -> Case:
+    """Decisions of the agent, each between two training steps."""
+    tying = random_tying(case["layers"], case["independent"], seed=0)
+    model, optimizer = side(case, tying)
+    dynamic = DynamicTying(model, optimizer, every=1, initial="keep")
+    steps, decisions = [], []
+
+    def reward() -> float:
+        with evaluating(model):
+            return -language_model_loss(model, *batch(case["length"], seed=1)).item()
+
+    for repeat in range(case["repeats"] + 1):
+        seconds = timed_step(model, optimizer, case["length"])["step"]
+        start = now()
+        dynamic.step(reward)
+        if repeat:
+            steps.append(seconds)
+            decisions.append(now() - start)
+    step, decision = min(steps), statistics.median(decisions)
+    return {
+        "step_seconds": step,
+        "decision_seconds": decision,
+        "decision_in_steps": decision / step,
+        "share_at_every_50": decision / (50 * step + decision),
+    }
+
+
+def measure_compile(case: Case) -> Case:
+    """Eager and compiled layers in turn, and what 20 transitions make torch compile."""
+    from torch._dynamo.utils import counters
+
+    tyings = [
+        random_tying(case["layers"], case["independent"], seed) for seed in range(TRANSITIONS + 1)
+    ]
+    eager, compiled = side(case, tyings[0]), side(case, tyings[0])
+    layers = TiedLayers(*compiled)
+    for block in layers.stack.blocks:
+        block.compile()
+    start = now()
+    for _ in range(2):
+        train_step(*compiled, case["length"])
+    compile_seconds, graphs = now() - start, counters["stats"]["unique_graphs"]
+    for tying in tyings[1:]:
+        layers.apply(tying)
+        train_step(*compiled, case["length"])
+    recompiled = counters["stats"]["unique_graphs"] - graphs
+    repeats: dict[str, list[dict[str, float]]] = {"eager": [], "compiled": []}
+    for repeat in range(case["repeats"] + 1):
+        for name, times in repeats.items():
+            seconds = timed_step(*(eager if name == "eager" else compiled), case["length"])
+            if repeat:
+                times.append(seconds)
+    minima = {name: fastest(times) for name, times in repeats.items()}
+    return {
+        "graphs": graphs,
+        "transitions": TRANSITIONS,
+        "graphs_made_by_transitions": recompiled,
+        "first_steps_seconds": compile_seconds,
+        "seconds": minima,
+        "compiled_of_eager": minima["compiled"]["step"] / minima["eager"]["step"],
+    }
+
+
+PARTS = {
+    "steps": measure_steps,
+    "decision": measure_decision,
+    "compile": measure_compile,
+    "generate": measure_generation,
+    "load": measure_loading,
+    "export": write_export,  # for "load"
+}
+
+
+def main() -> None:
+    parts = [part for part in PARTS if part != "export"]
+    options = arguments(__doc__, "speed.json", parts=parts)
+    measure_all(__file__, cases(options.quick, options.parts), options, line)
+
+
+def cases(is_quick: bool, parts: Iterable[str]) -> Iterator[Case]:
+    for shape in (QUICK_SHAPE,) if is_quick else (LARGE, SMALL):
+        for part in parts:
+            if part == "load":
+                yield from ({"part": part, **shape, "format": format} for format in FORMATS)
+            elif part != "compile" or shape is not LARGE:
+                yield {"part": part, **shape}
+
+
+def line(row: Case, rows: list[Case]) -> str:
+    name = f"{row['layers']} x {row['width']}, {row['part']} {row.get('format', '')}".strip()
+    shown = {key: value for key, value in row.items() if key not in LARGE and key != "part"}
+    return f"{name}: {shown}"
+
+
+if __name__ == "__main__":
+    run_case_or(main, lambda case: PARTS[case["part"]](case))
