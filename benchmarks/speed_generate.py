@@ -80,7 +80,7 @@ def measure_generation(case: Case) -> Case:
 def measure_loading(case: Case) -> Case:
     """Seconds and memory of loading one format; another process writes what is loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        toy = {"layers": 2, "width": 64, "heads": 2, "independent": 1, "length": 32}
+        toy = {"layers": 2, "width": 64, "heads": 2, "independent": 1, "length": 64}
         write_export({**toy, "format": case["format"], "folder": f"{folder}/toy"})
         generate(opened(Path(folder, "toy")))  # loads libraries
         place = Path(folder) / "model"

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh with tiny numbers, on whatever device there is: all parts run and are written."""
+"""benchmarks/gpu.sh with tiny numbers, on whatever device there is: all parts run."""
 
 import json
 import os
