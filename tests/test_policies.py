@@ -24,6 +24,10 @@ from layer_tying.tying import Rules, Tying
         ("sandwich", 6, None, (0, 1, 1, 1, 1, 5)),
         ("sandwich", 2, None, (0, 1)),
         ("sandwich", 1, None, (0,)),
+        ("sandwich", 6, 1, (0, 0, 0, 0, 0, 0)),
+        ("sandwich", 6, 2, (0, 1, 1, 1, 1, 1)),
+        ("sandwich", 6, 4, (0, 1, 1, 3, 3, 5)),
+        ("sandwich", 6, 6, (0, 1, 2, 3, 4, 5)),
         # Takase and Kiyono 2021, figure 1: M = 3 and N = 6
         ("sequence", 6, 3, (0, 0, 2, 2, 4, 4)),
         ("cycle", 6, 3, (0, 1, 2, 0, 1, 2)),

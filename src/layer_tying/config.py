@@ -17,7 +17,7 @@ from layer_tying.errors import InputError
 from layer_tying.glue import TASKS
 from layer_tying.policies import PATTERNS
 
-DECIDING = ("dqn", "random")  # the policies that change the tying while a model trains
+DECIDING = ("dqn", "bandit", "random")  # the policies that change the tying while a model trains
 POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
 FAMILIES = ("gpt2", "llama", "bert", "vit")
 EXPORT_DTYPES = ("fp32", "bf16", "fp16")
@@ -88,10 +88,18 @@ class TrainConfig:
     gradient: str = _flag("sum", "whose gradient a shared weight gets", ("sum", "owner"))
     moments: str = _flag("copy", "optimizer state of a newly independent layer", ("copy", "fresh"))
     initial: str = _flag(
-        "all",
+        "",
         "what a deciding policy starts from: a pattern (with --groups, if it needs a number); "
-        "frozen: all tied in name, but not yet in memory",
-        (*PATTERNS, "frozen"),
+        "frozen: all tied in name, but not yet in memory (default: all; bandit: sandwich)",
+        ("", *PATTERNS, "frozen"),
+    )
+    settle: float | None = _flag(
+        None, "share of the run, at its end, without decisions (default: 0; bandit: 0.5)"
+    )
+    layer_price: float | None = _flag(
+        None,
+        "what a further independent layer has to be worth to the bandit, in nats "
+        "(default: 0.02; with --budget-layers 0)",
     )
     budget_layers: int | None = _flag(None, "the most layers that may ever be independent")
     budget_parameters: int | None = _flag(None, "the most parameters the model may ever have")
@@ -102,9 +110,11 @@ class TrainConfig:
         None, "type of the weights in an export (default: as trained)", EXPORT_DTYPES
     )
     reward: str = _flag(
-        "log-perplexity",
-        "what the agent maximises on a training batch: minus the (log-)perplexity, or accuracy",
-        ("log-perplexity", "perplexity", "accuracy"),
+        "",
+        "what the agent maximises: minus the (log-)perplexity of a training batch, or accuracy; "
+        "training-loss: minus the mean loss of the steps since the last decision "
+        "(default: log-perplexity; bandit: training-loss)",
+        ("", "log-perplexity", "perplexity", "accuracy", "training-loss"),
     )
     precision: str = _flag(
         "auto", "auto takes bf16 where it is measured to be faster", ("auto", "fp32", "bf16")
@@ -124,6 +134,14 @@ class TrainConfig:
         if not self.dataset:
             usual = self.task or ("digits" if self.family == "vit" else "pydocs")
             object.__setattr__(self, "dataset", usual)
+        is_bandit = self.policy == "bandit"
+        if not self.initial:
+            object.__setattr__(self, "initial", "sandwich" if is_bandit else "all")
+        if not self.reward:
+            usual = "training-loss" if is_bandit else "log-perplexity"
+            object.__setattr__(self, "reward", usual)
+        if self.settle is None:
+            object.__setattr__(self, "settle", 0.5 if is_bandit else 0.0)
         for each in fields(self):
             choices = each.metadata["choices"]
             value = getattr(self, each.name)
@@ -169,7 +187,9 @@ class TrainConfig:
                 raise InputError(f"{name} is a finite number, got {getattr(self, name)}")
         if self.seed >= 2**32:
             raise InputError(f"seed is less than 2**32, got {self.seed}")
-        for name in ("dropout", "warmup", "final_lr"):
+        if self.layer_price is not None and not math.isfinite(self.layer_price):
+            raise InputError(f"layer_price is a finite number, got {self.layer_price}")
+        for name in ("dropout", "warmup", "final_lr", "settle"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is between 0 and 1, got {getattr(self, name)}")
         if self.activate_at is not None and not 0 <= self.activate_at < 1:
@@ -193,6 +213,8 @@ class TrainConfig:
         if self.permute is not None and self.policy != "recorded":
             raise InputError(f"permute goes with policy recorded, not with {self.policy}")
         is_static = self.policy in ("fixed", *PATTERNS) and self.policy != "none"
+        if self.layer_price is not None and self.policy != "bandit":
+            raise InputError(f"layer_price goes with policy bandit, not with {self.policy}")
         if self.activate_at is not None and not is_static:
             raise InputError(
                 f"activate_at goes with a static pattern that ties, not with policy {self.policy}"

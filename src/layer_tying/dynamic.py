@@ -81,7 +81,7 @@ class DynamicTying:
         max_independent: a hard limit on the number of independent layers.
         seed: of the default policy.
         layers: see ``TiedLayers``; or the layers themselves, prepared by one.
-        untied, gradient, moments, by_kind: see ``TiedLayers``.
+        untied, gradient, moments, inherit, by_kind: see ``TiedLayers``.
 
     Raises:
         InputError: if the layers cannot be found, or an option does not fit.
@@ -101,6 +101,7 @@ class DynamicTying:
         untied: Sequence[str] = (),
         gradient: Literal["sum", "owner"] = "sum",
         moments: Literal["copy", "fresh"] = "copy",
+        inherit: Literal["first", "majority"] = "first",
         by_kind: bool = False,
     ) -> None:
         parallel.refuse_sharded(model.parameters())
@@ -114,6 +115,7 @@ class DynamicTying:
                 untied=untied,
                 gradient=gradient,
                 moments=moments,
+                inherit=inherit,
                 by_kind=by_kind,
             )
         self.layers: Layers = layers

@@ -37,10 +37,12 @@ def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
     Args:
         name: ``none`` (conventional training), ``all`` (ALBERT), ``sequence``, ``cycle``,
             ``cycle-reverse`` (Takase and Kiyono 2021), ``repeat`` (each layer twice in a row,
-            MobileLLM), ``sandwich`` (all but the first and the last are one, Subformer) or
+            MobileLLM), ``sandwich`` (the first and the last on their own, the others one group, as
+            in Subformer, or as many as M leaves; without a last one where M is 2) or
             ``middle-loop`` (first and last layers of their own, the middle a repeated cycle).
         num_layers: L.
-        num_groups: M, the number of independent layers, where the pattern needs it.
+        num_groups: M, the number of independent layers, where the pattern needs it (of
+            ``sandwich`` 3 by default).
 
     Raises:
         InputError: if the name is unknown or the number of groups does not fit.
@@ -52,8 +54,8 @@ def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
         return Tying.all_tied(num_layers)
     if name == "repeat":
         return Tying.from_labels(i // 2 for i in layers)
-    if name == "sandwich":
-        return Tying.from_labels(0 if i == 0 else 2 if i == num_layers - 1 else 1 for i in layers)
+    if name == "sandwich" and num_groups is None:
+        num_groups = min(3, num_layers)
     if name not in PATTERNS:
         raise InputError(f"unknown pattern {name!r}; the known ones are {', '.join(PATTERNS)}")
     if num_groups is None or not 1 <= num_groups <= num_layers:
@@ -67,7 +69,17 @@ def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
         return Tying.from_labels(i % num_groups for i in layers)
     if name == "cycle-reverse":
         return Tying.from_labels(_cycle_reverse(num_layers, num_groups))
+    if name == "sandwich":
+        return Tying.from_labels(_sandwich(num_layers, num_groups))
     return Tying.from_labels(_middle_loop(num_layers, num_groups))
+
+
+def _sandwich(num_layers: int, num_groups: int) -> list[int]:
+    """The first and the last layer on their own, the others in a sequence of groups."""
+    if num_groups <= 2:  # [all], or the first on its own
+        return [min(i, num_groups - 1) for i in range(num_layers)]
+    middle = [1 + i * (num_groups - 2) // (num_layers - 2) for i in range(num_layers - 2)]
+    return [0, *middle, num_groups - 1]
 
 
 def _cycle_reverse(num_layers: int, num_groups: int) -> list[int]:

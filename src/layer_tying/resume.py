@@ -41,12 +41,17 @@ def save(training: Training) -> None:
     training.clock.lap("train")
     training.tally.seconds = training.clock.seconds
     rng = parallel.gather(checkpoint.rng_state())
-    losses = [parallel.mean(float(loss)) for loss in training.losses]
+    losses = {
+        "losses": [parallel.mean(float(loss)) for loss in training.losses],
+        "undecided": [parallel.mean(float(loss)) for loss in training.undecided],
+    }
     parallel.on_rank_0(lambda: _write_checkpoint(training, rng, losses))
     training.clock.lap("save")
 
 
-def _write_checkpoint(training: Training, rng: list[dict[str, Any]], losses: list[float]) -> None:
+def _write_checkpoint(
+    training: Training, rng: list[dict[str, Any]], losses: dict[str, list[float]]
+) -> None:
     checkpoint.save_checkpoint(
         checkpoint.step_folder(training.log.checkpoints, training.step),
         training.model,
@@ -61,7 +66,7 @@ def _write_checkpoint(training: Training, rng: list[dict[str, Any]], losses: lis
             "reward_batches": training.workload.reward_batches.state(),
             "rng": rng,
             "tally": asdict(training.tally),
-            "losses": losses,
+            **losses,
             "best": training.best,
             "validation_perplexity": training.validation_perplexity,
         },
@@ -96,6 +101,7 @@ def restore(training: Training) -> None:
     training.clock.seconds = dict(training.tally.seconds)
     device = training.accelerator.device
     training.losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+    training.undecided = [torch.tensor(loss, device=device) for loss in state["undecided"]]
     if checkpoint.is_whole(training.log.checkpoints / "best"):
         training.best = state["best"]
     training.validation_perplexity = state["validation_perplexity"]

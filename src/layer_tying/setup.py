@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layer_tying.bandit import Bandit
 from layer_tying.budget import max_independent
 from layer_tying.config import DECIDING, TrainConfig
 from layer_tying.dqn import DQN
@@ -57,6 +58,8 @@ def starting_point(config: TrainConfig, num_steps: int) -> tuple[Tying, Policy |
         start = best_checkpoint(config).tying if config.task else _initial(config)
         if config.policy == "random":
             return start, RandomPolicy(config.seed)
+        if config.policy == "bandit":
+            return start, _bandit(config, num_steps)
         return start, DQN(config.nlayers, seed=config.seed)
     if config.policy == "recorded":
         start, *later = recorded_tyings(config)
@@ -65,6 +68,19 @@ def starting_point(config: TrainConfig, num_steps: int) -> tuple[Tying, Policy |
     if config.activate_at is None:
         return tying, None
     return Tying.independent(config.nlayers), _late(config, tying, num_steps)
+
+
+def settles_at(config: TrainConfig, num_steps: int) -> int:
+    """The number of steps after which nothing is decided any more."""
+    return math.ceil((1 - (config.settle or 0.0)) * num_steps)
+
+
+def _bandit(config: TrainConfig, num_steps: int) -> Bandit:
+    price = config.layer_price
+    if price is None:
+        price = 0.02 if config.budget_layers is None else 0.0
+    num_decisions = math.ceil(settles_at(config, num_steps) / config.every)
+    return Bandit(config.nlayers, num_decisions=num_decisions, price=price, seed=config.seed)
 
 
 def rules(config: TrainConfig, model_config: PretrainedConfig) -> Rules:
@@ -93,7 +109,10 @@ def check_budget(allowed: Rules, start: Tying, policy: Policy | None) -> None:
 def _initial(config: TrainConfig) -> Tying:
     """What a deciding policy starts from: layers that start frozen are tied in name."""
     name = "all" if config.initial == "frozen" else config.initial
-    return pattern(name, config.nlayers, config.groups)
+    num_groups = config.groups
+    if name == "sandwich" and num_groups is None:
+        num_groups = config.budget_layers
+    return pattern(name, config.nlayers, num_groups)
 
 
 def _static_tying(config: TrainConfig) -> Tying:

@@ -49,6 +49,8 @@ class TiedLayers:
             weight gradients of all other positions.
         moments: the optimizer state of a newly independent layer: a ``"copy"`` of its owner's, or
             ``"fresh"``.
+        inherit: the weights a group of layers goes on with when the tying changes: those that its
+            ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
         by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
 
     Attributes:
@@ -68,16 +70,20 @@ class TiedLayers:
         untied: Sequence[str] = (),
         gradient: Literal["sum", "owner"] = "sum",
         moments: Literal["copy", "fresh"] = "copy",
+        inherit: Literal["first", "majority"] = "first",
         by_kind: bool = False,
     ) -> None:
         if gradient not in ("sum", "owner"):
             raise InputError(f"gradient is 'sum' or 'owner', got {gradient!r}")
         if moments not in ("copy", "fresh"):
             raise InputError(f"moments is 'copy' or 'fresh', got {moments!r}")
+        if inherit not in ("first", "majority"):
+            raise InputError(f"inherit is 'first' or 'majority', got {inherit!r}")
         self.stack: LayerStack = find_layers(model, layers, untied, by_kind)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = self._tying_in_storage()
         self._copies_moments = moments == "copy"
+        self._inherit: Literal["first", "majority"] = inherit
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         self._ledgers = [Ledger(each) for each in optimizers]
         self._take_out_of_books()
@@ -103,9 +109,10 @@ class TiedLayers:
         """Change to another tying, as one transition from the weights in use now.
 
         A layer that becomes independent goes on from the weights it used (the model computes the
-        same function); a layer that is tied drops its own weights, gradient and moments. What is
-        dropped is freed before anything is copied, and nothing is copied that could be taken over:
-        memory never rises above the larger of before and after.
+        same function, unless others join it and ``inherit`` is ``"majority"``); a layer that is
+        tied drops its own weights, gradient and moments. What is dropped is freed before anything
+        is copied, and nothing is copied that could be taken over: memory never rises above the
+        larger of before and after.
 
         Call it between optimizer steps, with gradients cleared.
 
@@ -122,9 +129,9 @@ class TiedLayers:
                 "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
             )
         self._take_out_of_books()
-        sources = storage_sources(self.tying, tying)
+        sources = storage_sources(self.tying, tying, self._inherit)
         old = {source: self.parameters(source) for source, _ in sources.values()}
-        self.drop_moments(self._layers_that_lose_moments(tying))
+        self.drop_moments(self._layers_that_lose_moments(sources))
         for layer, owner in enumerate(tying.owners):
             self._point(layer, old[sources[owner][0]])
         for owner, (source, needs_copy) in sources.items():
@@ -207,13 +214,13 @@ class TiedLayers:
         for ledger in self._ledgers:
             ledger.enter(self._owned(), in_first_of_kind)
 
-    def _layers_that_lose_moments(self, tying: Tying) -> set[int]:
+    def _layers_that_lose_moments(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
         """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
-        sources = storage_sources(self.tying, tying)
-        if self._copies_moments:
-            keeping = {source for source, _ in sources.values()}
-        else:
-            keeping = set(self.tying.independent_layers) & set(tying.independent_layers)
+        keeping = {
+            source
+            for owner, (source, _) in sources.items()
+            if self._copies_moments or owner == source
+        }
         return set(self.tying.independent_layers) - keeping
 
     def _set_gradients(self) -> None:

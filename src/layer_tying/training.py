@@ -64,6 +64,7 @@ class Training:
             self.optimizer,
             gradient=config.gradient,  # type: ignore[arg-type]
             moments=config.moments,  # type: ignore[arg-type]
+            inherit="majority" if config.policy == "bandit" else "first",
         )
         self.layers: Layers = self.storage
         if config.freezes:
@@ -78,6 +79,7 @@ class Training:
         self.clock = Stopwatch(accelerator.device)
         self.state: ModelState | None = None  # what is held; None after it may have changed
         self.losses: list[torch.Tensor] = []  # of the steps since the last logged one
+        self.undecided: list[torch.Tensor] = []  # losses of the steps since the last decision
         self.best: dict[str, float] = {"step": 0, "loss": math.inf}
         self.validation_perplexity = math.nan
 
@@ -116,19 +118,26 @@ class Training:
             self.state = model_state(self.model, [self.optimizer])
         self.optimizer.zero_grad()
         tokens = self.workload.tokens_per_batch * self.config.accumulate
+        self.undecided.append(total)
         self.tally.add_step(tokens, self.layers.tying.num_independent, self.state)
         return total
 
     def decide(self) -> None:
         """Lines 7-27, where they are due."""
-        if self.tying is None:
+        if self.tying is None or self.step > setup.settles_at(self.config, self.num_steps):
+            self.undecided.clear()
             return
         if not self.tying.decision_is_due:
             self.tying.step(self._reward)
             return
         self.clock.lap("train")
         index = self.tying.num_steps // self.config.every
-        decision = self.tying.step(self._reward)
+        reward = self._reward
+        if self.config.reward == "training-loss":  # the last decision's, of what was trained since
+            self.tying.learn(-float(torch.stack(self.undecided).mean()))
+            reward = None
+        self.undecided.clear()
+        decision = self.tying.step(reward)
         assert decision is not None
         spacing = max(1, self.num_steps // self.config.every // LOGGED_Q_VALUES)
         self.log.decision(**decision_line(decision, with_q=index % spacing == 0))
