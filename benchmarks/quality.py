@@ -1,0 +1,224 @@
+"""The contest: which way of choosing what is shared trains the best model of a given size.
+
+Every contestant trains the same transformer (12 layers x 64, rotary positions) for the same steps
+on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
+over much of a text, and some dozens over little of it. Each contestant has the same learning rates
+to choose from, on validation and for the first seed; test figures are only reported.
+
+Each run is a process of one thread, two at a time. A run whose summary is there is left alone, one
+that was stopped begins anew. After every run benchmarks/results/quality.json and docs/quality.md
+are written, so that what was done counts when it is stopped.
+
+    python benchmarks/quality.py                                 # all: as long as it takes
+    python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from paper import processor
+from quality_page import best_rate, write_page
+
+from layer_tying.config import TrainConfig
+from layer_tying.data import load_texts
+from layer_tying.train import train
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks/results/quality.json"
+SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
+REGIMES = {  # characters of the training text
+    "one-pass": {"pydocs": 1_500_000, "shake": 1_500_000, "wiki2": 4_500_000},
+    "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
+}
+HELD_OUT = 48_000  # characters of validation, and of test
+RATES = (1.5e-3, 3e-3)
+SHAPE: dict[str, Any] = {
+    **{"family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 128, "batch_size": 16},
+    **{"max_steps": 400, "eval_every": 100, "eval_batches": None, "precision": "bf16"},
+    **{"every": 10, "save_every": 400, "log_every": 50},
+}
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "conventional": {"policy": "none"},
+    **{f"conventional, {m} layers": {"policy": "none", "nlayers": m} for m in (2, 3, 4)},
+    "all": {"policy": "all"},
+    **{
+        f"{name}-{m}": {"policy": name, "groups": m}
+        for m in (2, 3, 4)
+        for name in ("sequence", "cycle", "cycle-reverse", "sandwich")
+    },
+    "middle-loop-4": {"policy": "middle-loop", "groups": 4},
+    "repeat": {"policy": "repeat"},
+    "random": {"policy": "random", "settle": 0.5},
+    "dqn": {"policy": "dqn"},
+    **{f"bandit-{m}": {"policy": "bandit", "budget_layers": m} for m in (2, 3, 4)},
+    "bandit": {"policy": "bandit"},
+}
+Run = tuple[str, str, str, float, int]
+NAMES = ("set", "regime", "contestant", "lr", "seed")  # what tells runs apart
+
+
+def main() -> int:
+    if len(sys.argv) == 3 and sys.argv[1] == "--train":
+        train(TrainConfig.from_json(sys.argv[2]), overwrite=True)
+        return 0
+    options = arguments()
+    first, *others = options.seeds
+    settings = list(product(options.sets, options.regimes, options.contestants))
+    train_all([(*each, rate, first) for each in settings for rate in options.rates], options)
+    rows = collect(options)
+    rates = {each: best_rate(rows, *each) for each in settings}
+    train_all([(*each, rates[each], seed) for seed in others for each in settings], options)
+    return 0
+
+
+def train_all(runs: Iterable[Run], options: argparse.Namespace) -> None:
+    """Train what is not done yet, at most two at a time."""
+    running: dict[Run, subprocess.Popen[bytes]] = {}
+    for run in runs:
+        if not is_done(run, options):
+            wait_for_room(running, options.processes, options)
+            running[run] = start(run, options)
+    wait_for_room(running, 1, options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, values in (("sets", SETS), ("regimes", REGIMES), ("contestants", CONTESTANTS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=list(values))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from")
+    parser.add_argument("--max-steps", type=int, default=SHAPE["max_steps"], help="to try it out")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
+    text, regime, contestant, rate, seed = run
+    name = contestant.replace(", ", "-").replace(" ", "-")
+    settings = SHAPE | {
+        "dataset": str(options.folder / "data" / f"{text}-{regime}"),
+        "tokenizer": SETS[text],
+        "lr": rate,
+        "seed": seed,
+        "max_steps": options.max_steps,
+        "epochs": 1000,  # as many as the steps take
+        "exp": f"{text}-{regime}/{name}-{rate:g}-{seed}",
+        "output_dir": str(options.folder),
+    }
+    return TrainConfig(**(settings | CONTESTANTS[contestant]))
+
+
+def is_done(run: Run, options: argparse.Namespace) -> bool:
+    """Whether its row is among earlier results, or its run has ended since."""
+    is_known = any(run == tuple(row[name] for name in NAMES) for row in rows_so_far(options))
+    return is_known or (config_of(run, options).folder / "summary.json").exists()
+
+
+def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if not options.results.exists():
+        return []
+    return json.loads(options.results.read_text(encoding="utf-8"))["rows"]
+
+
+def start(run: Run, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """Train in a process of one thread."""
+    text, regime, *_ = run
+    cut(text, regime, options.folder)
+    command = [sys.executable, __file__, "--train", config_of(run, options).to_json()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, env=environment)
+
+
+def cut(text: str, regime: str, folder: Path) -> None:
+    """Write a regime's share of a text, and shorter validation and test texts."""
+    place = folder / "data" / f"{text}-{regime}"
+    if (place / "test.txt").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    texts = load_texts(text)
+    parts = {
+        "train": texts.train[: REGIMES[regime][text]],
+        "valid": texts.validation[:HELD_OUT],
+        "test": texts.test[:HELD_OUT],
+    }
+    for split, part in parts.items():
+        (place / f"{split}.txt").write_text(part, encoding="utf-8")
+
+
+def wait_for_room(
+    running: dict[Run, subprocess.Popen[bytes]], limit: int, options: argparse.Namespace
+) -> None:
+    """Wait until fewer than so many processes run (1: until all have ended)."""
+    while len(running) >= limit:
+        time.sleep(0.5)
+        for run in [run for run, process in running.items() if process.poll() is not None]:
+            process = running.pop(run)
+            if process.returncode:
+                _, errors = process.communicate()
+                sys.exit(f"{run}: {errors.decode(errors='replace').strip().splitlines()[-1]}")
+            folder = config_of(run, options).folder
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            print(*run, f"{summary['validation_perplexity']:.4f}", flush=True)
+            shutil.rmtree(folder / "checkpoints")
+            collect(options)
+
+
+def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of earlier results and of all runs done since, written with the page of them."""
+    rows = rows_so_far(options)
+    known = {tuple(row[name] for name in NAMES) for row in rows}
+    every = product(SETS, REGIMES, CONTESTANTS, options.rates, options.seeds)
+    ended = [run for run in every if (config_of(run, options).folder / "summary.json").exists()]
+    rows += [row_of(run, options) for run in ended if run not in known]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results = {"command": "python benchmarks/quality.py", "settings": SHAPE, "rows": rows}
+    options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    is_committed = options.results.resolve() == RESULTS
+    write_page(results, REPOSITORY / "docs" if is_committed else options.results.parent)
+    return rows
+
+
+FIGURES = (
+    *("validation_perplexity", "test_perplexity", "bits_per_byte", "best_step"),
+    *("independent_layers_mean", "independent_layers_end", "owners_end"),
+    *("trainable_parameters_mean", "model_state_bytes_mean", "model_state_bytes_peak"),
+    *("seconds_per_step", "decision_overhead", "versions"),
+)
+
+
+def row_of(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """A run's figures, with all that it takes to make them again."""
+    config = config_of(run, options)
+    summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
+    metrics = lines_of(config.folder / "metrics.jsonl")
+    scored = [line for line in metrics if "validation_perplexity" in line]
+    worths = [line["q"] for line in lines_of(config.folder / "tying.jsonl") if "q" in line]
+    row = dict(zip(NAMES, run, strict=True)) | {name: summary[name] for name in FIGURES}
+    row["hardware"] = summary["hardware"] | {"processor": processor()}
+    row["steps"] = summary["steps"]
+    row["validation_perplexity_at_the_end"] = scored[-1]["validation_perplexity"]
+    if config.policy == "bandit":
+        row["worth"] = [each[-1] for each in worths[-1]]
+    return row
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

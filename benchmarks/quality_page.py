@@ -1,0 +1,207 @@
+"""Writes docs/quality.md and its pictures from what benchmarks/quality.py measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from performance_tables import table
+
+from layer_tying.policies import pattern
+from layer_tying.report.figures import STYLE
+
+Row = dict[str, Any]
+FIXED = {m: [f"{name}-{m}" for name in ("sequence", "cycle", "cycle-reverse")] for m in (2, 3, 4)}
+FIXED[3].append("sandwich-3")  # Subformer's; the others of its kind are ours
+FIXED[4].append("middle-loop-4")
+KINDS = {  # prefix of a contestant -> marker, colour (of Okabe and Ito)
+    "conventional": ("s", "#000000"),
+    "bandit": ("*", "#D55E00"),
+    "dqn": ("X", "#0072B2"),
+    "random": ("P", "#56B4E9"),
+    "": ("o", "#999999"),
+}
+
+
+def best_rate(rows: Sequence[Row], text: str, regime: str, contestant: str) -> float:
+    """The learning rate with the lowest validation perplexity of the first seed."""
+    mine = [r for r in of(rows, text, regime) if r["contestant"] == contestant]
+    first = min(r["seed"] for r in mine)
+    tried = [r for r in mine if r["seed"] == first]
+    return min(tried, key=lambda r: r["validation_perplexity"])["lr"]
+
+
+def of(rows: Sequence[Row], text: str, regime: str) -> list[Row]:
+    return [r for r in rows if (r["set"], r["regime"]) == (text, regime)]
+
+
+def at_best_rate(rows: Sequence[Row], text: str, regime: str) -> dict[str, list[Row]]:
+    """Each contestant's runs at its best learning rate."""
+    mine = of(rows, text, regime)
+    best = {
+        name: best_rate(rows, text, regime, name)
+        for name in dict.fromkeys(r["contestant"] for r in mine)
+    }
+    return {
+        name: [r for r in mine if r["contestant"] == name and r["lr"] == rate]
+        for name, rate in best.items()
+    }
+
+
+def write_page(results: Row, folder: Path) -> None:
+    """The page and its pictures, into a folder of documentation."""
+    rows = results["rows"]
+    settings = list(dict.fromkeys((r["set"], r["regime"]) for r in rows))
+    if not settings:
+        return
+    (folder / "images").mkdir(exist_ok=True)
+    draw_front(rows, settings).savefig(folder / "images" / "quality-front.png", dpi=150)
+    parts = ["# Quality", *_introduction(results)]
+    for text, regime in settings:
+        groups = at_best_rate(rows, text, regime)
+        parts += [f"## {text}, {regime}", _table(groups), *_verdicts(groups)]
+    page = "\n\n".join(parts) + "\n"
+    (folder / "quality.md").write_text(page, encoding="utf-8")
+
+
+def _introduction(results: Row) -> list[str]:
+    rows, settings = results["rows"], results["settings"]
+    machine = sorted({r["hardware"]["processor"] for r in rows})
+    versions = sorted({f"torch {r['versions']['torch']}" for r in rows})
+    steps = sorted({r["steps"] for r in rows})
+    return [
+        f"Which way of choosing what is shared trains the best model of a given size: "
+        f"{settings['nlayers']} layers x {settings['emsize']}, rotary positions, "
+        f"{' or '.join(map(str, steps))} steps of {settings['batch_size']} x {settings['bptt']} "
+        f"tokens, equal data, order and seeds. Each contestant had the same learning rates to "
+        f"choose from, on validation with the first seed. Written by `make bench-quality` from "
+        f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
+        f"{', '.join(machine)}, {', '.join(versions)}.",
+        "Perplexity is per token of the test text, at the weights that were best on validation; "
+        "with several seeds the mean and the standard deviation. `bandit-M` starts from "
+        "`sandwich-M` and may have M independent layers; `bandit` chooses how many. The runs are "
+        "short: they compare the contestants with each other, at this size and length.",
+        "![Quality against model state](images/quality-front.png)",
+    ]
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return statistics.fmean(r[name] for r in rows)
+
+
+def _table(groups: dict[str, list[Row]]) -> str:
+    heads = (
+        *("contestant", "perplexity", "bits/byte", "independent, mean", "end"),
+        *("state, mean MB", "peak MB", "s/step", "decisions", "learning rate", "seeds"),
+    )
+    ordered = sorted(groups.items(), key=lambda item: _mean(item[1], "test_perplexity"))
+    return table(heads, (_cells(name, rows) for name, rows in ordered))
+
+
+def _cells(name: str, rows: Sequence[Row]) -> list[str]:
+    spread = [r["test_perplexity"] for r in rows]
+    deviation = f" ± {statistics.stdev(spread):.3f}" if len(rows) > 1 else ""
+    return [
+        name,
+        f"{statistics.fmean(spread):.3f}{deviation}",
+        f"{_mean(rows, 'bits_per_byte'):.3f}",
+        f"{_mean(rows, 'independent_layers_mean'):.2f}",
+        f"{_mean(rows, 'independent_layers_end'):.1f}",
+        f"{_mean(rows, 'model_state_bytes_mean') / 1e6:.2f}",
+        f"{_mean(rows, 'model_state_bytes_peak') / 1e6:.2f}",
+        f"{_mean(rows, 'seconds_per_step'):.3f}",
+        f"{_mean(rows, 'decision_overhead'):.1%}",
+        f"{rows[0]['lr']:g}",
+        str(len(rows)),
+    ]
+
+
+def _verdicts(groups: dict[str, list[Row]]) -> list[str]:
+    """What the bandit gained over its rivals, over its own start, and how it ranked patterns."""
+    figure = {name: _mean(rows, "test_perplexity") for name, rows in groups.items()}
+    lines = []
+    for m, fixed in FIXED.items():
+        rivals = [name for name in fixed if name in figure]
+        if f"bandit-{m}" in figure and rivals:
+            best = min(rivals, key=lambda name: figure[name])
+            line = f"- {m} independent layers: `bandit-{m}` has "
+            line += f"{figure[f'bandit-{m}'] / figure[best]:.3f} of `{best}`, the best published"
+            if f"sandwich-{m}" in figure:
+                ratio = figure[f"bandit-{m}"] / figure[f"sandwich-{m}"]
+                line += f"; {ratio:.3f} of its own start, `sandwich-{m}`"
+            lines.append(f"{line}.")
+    if {"bandit-3", "conventional"} <= figure.keys():
+        ratio = figure["bandit-3"] / figure["conventional"]
+        lines.append(f"- A quarter of the layers: {ratio:.3f} of conventional training.")
+    if {"bandit", "random"} <= figure.keys():
+        ratio = figure["bandit"] / figure["random"]
+        lines.append(f"- `bandit` has {ratio:.3f} of `random`, which settles at the same step.")
+    correlation = _rank_correlation(groups)
+    if correlation is not None:
+        value, number = correlation
+        lines.append(
+            f"- The worths that `bandit` ended with rank the {number} fixed patterns of "
+            f"neighbouring layers with a rank correlation of {value:.2f} to their perplexities."
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def _rank_correlation(groups: dict[str, list[Row]]) -> tuple[float, int] | None:
+    """Spearman's, of what the bandit's worths say of a pattern and how it did from the start."""
+    if "bandit" not in groups:
+        return None
+    predicted, measured = [], []
+    for name, rows in groups.items():
+        kind, _, number = name.rpartition("-")
+        if kind in ("sequence", "sandwich"):
+            owners = pattern(kind, 12, int(number)).independent_layers
+            worths = [r["worth"] for r in groups["bandit"]]
+            predicted.append(statistics.fmean(sum(w[i] for i in owners) for w in worths))
+            measured.append(-math.log(_mean(rows, "test_perplexity")))
+    if len(predicted) < 4:
+        return None
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
+    return float(np.corrcoef(*ranks)[0, 1]), len(predicted)
+
+
+def draw_front(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> Figure:
+    """Perplexity against the mean model state, a panel for each text and regime."""
+    columns = min(3, len(settings))
+    lines = math.ceil(len(settings) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, (text, regime) in zip(panels, settings, strict=False):
+            _front(axes, at_best_rate(rows, text, regime))
+            axes.set_title(f"{text}, {regime}", loc="left")
+            axes.set_xlabel("mean model state, MB")
+            axes.set_ylabel("perplexity, test")
+        for axes in panels[len(settings) :]:
+            axes.set_visible(False)
+        figure.canvas.draw()
+    return figure
+
+
+def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
+    points = {
+        name: (_mean(rows, "model_state_bytes_mean") / 1e6, _mean(rows, "test_perplexity"))
+        for name, rows in groups.items()
+    }
+    for name, point in points.items():
+        marker, colour = next(look for kind, look in KINDS.items() if name.startswith(kind))
+        axes.plot(*point, marker, color=colour, markersize=9 if marker == "*" else 6)
+        if not _is_beaten(point, points.values()) or colour != KINDS[""][1]:
+            axes.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    front = sorted(point for point in points.values() if not _is_beaten(point, points.values()))
+    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+    axes.set_yscale("log")
+
+
+def _is_beaten(point: tuple[float, float], others: Any) -> bool:
+    return any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in others)
