@@ -140,7 +140,7 @@ def cases(tiny: bool) -> list[tuple[float, Case]]:
                 found.append((220.0, {"measure": "memory", **case, "independent": independent}))
     tied = {**shape, "independent": 2 if tiny else 7, "length": 64 if tiny else 1024}
     for part in ("steps", "generate") if tiny else ("steps", "decision", "generate", "compile"):
-        case = {"measure": "speed", "part": part, "repeats": 2 if tiny else 5}
+        case = {"measure": "speed", "part": part, "family": "gpt2", "repeats": 2 if tiny else 5}
         found.append((300.0, {**case, **tied}))
     return found
 

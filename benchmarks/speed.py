@@ -6,8 +6,8 @@ sequence a step.
 
 - ``steps``: forward, backward and optimizer of a step: conventional, ``sum`` and ``owner``.
 - ``decision``: a decision of the agent, with its transition and evaluation, in training steps.
-- ``compile``: compiled layers against eager ones; graphs compiled over 20 transitions. Only of the
-  smaller model: all layers are of one shape, so there is no more to compile in a larger one.
+- ``compile``: compiled layers against eager ones, and graphs compiled over 20 transitions, in the
+  setting in which the command trains.
 - ``generate``: tokens a second with a KV cache, loaded compactly and expanded.
 - ``load``: the time and memory of loading each.
 
@@ -33,8 +33,8 @@ from common import (
     measure_all,
     random_tying,
     run_case_or,
-    train_step,
 )
+from speed_compile import measure_compile
 from speed_generate import FORMATS, measure_generation, measure_loading, write_export
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -49,7 +49,10 @@ Side = tuple[PreTrainedModel, Optimizer]
 LARGE = {"layers": 48, "width": 1600, "heads": 25, "independent": 7, "length": 256, "repeats": 3}
 SMALL = {"layers": 12, "width": 768, "heads": 12, "independent": 3, "length": 256, "repeats": 7}
 QUICK_SHAPE = SMALL | {"width": 256, "heads": 4, "length": 64, "repeats": 3}
-TRANSITIONS = 20
+COMPILED = {  # as the command trains, so of its sizes
+    "gpt2": {"layers": 12, "width": 128, "heads": 4, "independent": 3, "repeats": 15},
+    "llama": {"layers": 12, "width": 128, "heads": 4, "independent": 3, "repeats": 15},
+}
 
 
 def side(case: Case, tying: Tying) -> Side:
@@ -139,42 +142,6 @@ def measure_decision(case: Case) -> Case:
     }
 
 
-def measure_compile(case: Case) -> Case:
-    """Eager and compiled layers in turn, and what 20 transitions make torch compile."""
-    from torch._dynamo.utils import counters
-
-    tyings = [
-        random_tying(case["layers"], case["independent"], seed) for seed in range(TRANSITIONS + 1)
-    ]
-    eager, compiled = side(case, tyings[0]), side(case, tyings[0])
-    layers = TiedLayers(*compiled)
-    for block in layers.stack.blocks:
-        block.compile()
-    start = now()
-    for _ in range(2):
-        train_step(*compiled, case["length"])
-    compile_seconds, graphs = now() - start, counters["stats"]["unique_graphs"]
-    for tying in tyings[1:]:
-        layers.apply(tying)
-        train_step(*compiled, case["length"])
-    recompiled = counters["stats"]["unique_graphs"] - graphs
-    repeats: dict[str, list[dict[str, float]]] = {"eager": [], "compiled": []}
-    for repeat in range(case["repeats"] + 1):
-        for name, times in repeats.items():
-            seconds = timed_step(*(eager if name == "eager" else compiled), case["length"])
-            if repeat:
-                times.append(seconds)
-    minima = {name: fastest(times) for name, times in repeats.items()}
-    return {
-        "graphs": graphs,
-        "transitions": TRANSITIONS,
-        "graphs_made_by_transitions": recompiled,
-        "first_steps_seconds": compile_seconds,
-        "seconds": minima,
-        "compiled_of_eager": minima["compiled"]["step"] / minima["eager"]["step"],
-    }
-
-
 PARTS = {
     "steps": measure_steps,
     "decision": measure_decision,
@@ -196,8 +163,13 @@ def cases(is_quick: bool, parts: Iterable[str]) -> Iterator[Case]:
         for part in parts:
             if part == "load":
                 yield from ({"part": part, **shape, "format": format} for format in FORMATS)
-            elif part != "compile" or shape is not LARGE:
+            elif part != "compile":
                 yield {"part": part, **shape}
+    if "compile" in parts:
+        for family, small in COMPILED.items():
+            yield {"part": "compile", "family": family, **small}
+        if not is_quick:
+            yield {"part": "compile", "family": "gpt2", **SMALL}
 
 
 def line(row: Case, rows: list[Case]) -> str:
