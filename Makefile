@@ -34,6 +34,9 @@ bench-speed: $(VENV)/.run ## steps, decisions, compiling, generating: 13 minutes
 bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same step: 11 minutes, resumes
 	$(BIN)/python benchmarks/alternatives.py
 
+bench-quality: $(VENV)/.test ## the contest of patterns and policies: hours, resumes
+	$(BIN)/python benchmarks/quality.py
+
 paper-small: $(VENV)/.test ## every row of the paper at small scale: 1.5 hours on 2 free cores, resumes
 	$(BIN)/python benchmarks/paper.py
 
@@ -54,4 +57,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow check bench-memory bench-speed bench-alternatives
+.PHONY: paper-small docs help demo test test-slow check bench-memory bench-speed bench-alternatives bench-quality

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from layer_tying.bandit import Bandit
 from layer_tying.dqn import DQN
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DQN",
+    "Bandit",
     "Decision",
     "DynamicTying",
     "InputError",
