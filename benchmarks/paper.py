@@ -8,8 +8,8 @@ lets the running rows save).
     python benchmarks/paper.py
     python benchmarks/paper.py --rows gpt2-wiki2-conventional gpt2-wiki2-dynamic
 
-A row of 12 layers x 128 takes 6 to 8 minutes on a CPU thread that nothing else is using, and
-fine-tuning 2 to 3: all 31 take about an hour and a half on two such cores, three hours on one.
+A row takes one to three minutes on a CPU thread that nothing else is using: all 31 take about half
+an hour on two such cores, an hour on one.
 """
 
 from __future__ import annotations

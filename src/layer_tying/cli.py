@@ -283,7 +283,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _left_out(policy: str) -> dict[str, None]:
     """The settings of other policies, which a comparison has as well."""
-    belong = {"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)}
+    belong = {
+        **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
+        "layer_price": ("bandit",),
+    }
     return {setting: None for setting, policies in belong.items() if policy not in policies}
 
 

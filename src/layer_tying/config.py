@@ -113,7 +113,7 @@ class TrainConfig:
         "",
         "what the agent maximises: minus the (log-)perplexity of a training batch, or accuracy; "
         "training-loss: minus the mean loss of the steps since the last decision "
-        "(default: log-perplexity; bandit: training-loss)",
+        "(default: log-perplexity; family vit: perplexity; bandit: training-loss)",
         ("", "log-perplexity", "perplexity", "accuracy", "training-loss"),
     )
     precision: str = _flag(
@@ -131,17 +131,7 @@ class TrainConfig:
     log_with: str | None = _flag(None, "also log to a tracker", ("tensorboard", "wandb", "mlflow"))
 
     def __post_init__(self) -> None:
-        if not self.dataset:
-            usual = self.task or ("digits" if self.family == "vit" else "pydocs")
-            object.__setattr__(self, "dataset", usual)
-        is_bandit = self.policy == "bandit"
-        if not self.initial:
-            object.__setattr__(self, "initial", "sandwich" if is_bandit else "all")
-        if not self.reward:
-            usual = "training-loss" if is_bandit else "log-perplexity"
-            object.__setattr__(self, "reward", usual)
-        if self.settle is None:
-            object.__setattr__(self, "settle", 0.5 if is_bandit else 0.0)
+        self._fill_in()
         for each in fields(self):
             choices = each.metadata["choices"]
             value = getattr(self, each.name)
@@ -165,6 +155,23 @@ class TrainConfig:
         parts = Path(self.exp).parts  # none of "" and "."
         if not parts or Path(self.exp).is_absolute() or ".." in parts:
             raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
+
+    def _fill_in(self) -> None:
+        """Give the settings that were left open what is usual for the policy and the family."""
+        is_bandit, is_vit = self.policy == "bandit", self.family == "vit"
+        usual = {
+            "dataset": self.task or ("digits" if is_vit else "pydocs"),
+            "initial": "sandwich" if is_bandit else "all",
+            "reward": "training-loss"
+            if is_bandit
+            else "perplexity"
+            if is_vit
+            else "log-perplexity",
+            "settle": 0.5 if is_bandit else 0.0,
+        }
+        for name, value in usual.items():
+            if getattr(self, name) in ("", None):
+                object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
         at_least = {
