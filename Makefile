@@ -37,7 +37,7 @@ bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same s
 bench-quality: $(VENV)/.test ## the contest of patterns and policies: hours, resumes
 	$(BIN)/python benchmarks/quality.py
 
-paper-small: $(VENV)/.test ## every row of the paper at small scale: 1.5 hours on 2 free cores, resumes
+paper-small: $(VENV)/.test ## every row of the paper at small scale: half an hour on 2 free cores, resumes
 	$(BIN)/python benchmarks/paper.py
 
 $(VENV)/.run: pyproject.toml constraints.txt

@@ -78,7 +78,7 @@ def play(policy: Bandit, worth: np.ndarray, start: Tying, rules: Rules, seed: in
 def test_it_finds_the_layers_that_are_worth_it(seed):
     worth = np.zeros(12)
     worth[[4, 7]] = 0.3
-    policy = Bandit(12, num_decisions=60, seed=seed)
+    policy = Bandit(12, num_decisions=80, seed=seed)
     rules = Rules((0,) * 12, 3)
     states = play(policy, worth, pattern("sandwich", 12, 3), rules, seed)
     assert states[-1].independent_layers == (0, 4, 7)
@@ -91,7 +91,7 @@ def test_a_price_decides_how_many_there_are(seed):
     worth[[1, 5, 9]] = 0.5, 0.2, 0.2
     sizes = []
     for price in (0.1, 0.35, 0.8):
-        policy = Bandit(12, num_decisions=80, price=price, seed=seed)
+        policy = Bandit(12, num_decisions=110, price=price, seed=seed)
         states = play(policy, worth, pattern("sandwich", 12), Rules.free(12), seed)
         sizes.append(states[-1].independent_layers)
     assert sizes == [(0, 1, 5, 9), (0, 1), (0,)]

@@ -24,6 +24,7 @@ NOISE = 0.03  # of a reward
 LEVEL, SLOPE = 0.03, 0.02  # of what the trend's level and its slope change by between two decisions
 UNKNOWN = 1e4, 1.0  # of the level and the slope at the start, when losses fall fast
 WORTH = 0.1  # of a layer's worth, before anything is known
+WATCHED = 0.25  # share of the decisions that change nothing: the loss falls too steeply yet
 FIRST, LAST = 0.3, 0.1
 """What layer 1 and the last layer are expected to be worth as the first of their groups: the first
 and the last layer of a transformer do work of their own (see docs/log.md)."""
@@ -34,7 +35,8 @@ class Bandit:
 
     Args:
         num_layers: L.
-        num_decisions: after so many the tying is kept; the last of them is made without exploring.
+        num_decisions: after so many the tying is kept; the last of them is made without exploring,
+            and the first quarter of them change nothing.
         price: what an independent layer has to be worth, in nats. The higher, the fewer there are.
         seed: of the sampling.
     """
@@ -59,7 +61,7 @@ class Bandit:
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
         begins = set(state.independent_layers)
         self._made += 1
-        if self._made < self.num_decisions:
+        if WATCHED * self.num_decisions < self._made < self.num_decisions:
             begins = self._moved(begins, set(before), rules.max_independent, self._draw())
         elif self._made == self.num_decisions:
             for _ in range(2 * state.num_layers):  # each change gains: far fewer are made
