@@ -62,7 +62,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "random": {"policy": "random", "settle": 0.5},
     "dqn": {"policy": "dqn"},
     **{f"bandit-{m}": {"policy": "bandit", "budget_layers": m} for m in (2, 3, 4)},
-    "bandit": {"policy": "bandit"},
+    "bandit, priced": {"policy": "bandit", "layer_price": 0.02},
 }
 Run = tuple[str, str, str, float, int]
 NAMES = ("set", "regime", "contestant", "lr", "seed")  # what tells runs apart

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def write_page(results: Row, folder: Path) -> None:
     if not settings:
         return
     (folder / "images").mkdir(exist_ok=True)
-    draw_front(rows, settings).savefig(folder / "images" / "quality-front.png", dpi=150)
+    for name, draw in (("front", _front), ("patterns", _patterns)):
+        figure = draw_panels(rows, settings, draw)
+        figure.savefig(folder / "images" / f"quality-{name}.png", dpi=150)
     parts = ["# Quality", *_introduction(results)]
     for text, regime in settings:
         groups = at_best_rate(rows, text, regime)
@@ -85,9 +87,13 @@ def _introduction(results: Row) -> list[str]:
         f"{', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
         "with several seeds the mean and the standard deviation. `bandit-M` starts from "
-        "`sandwich-M` and may have M independent layers; `bandit` chooses how many. The runs are "
+        "`sandwich-M` and keeps M independent layers; the priced one chooses. The runs are "
         "short: they compare the contestants with each other, at this size and length.",
-        "![Quality against model state](images/quality-front.png)",
+        "![Perplexity against mean model state](images/quality-front.png)",
+        "Grey dots are fixed patterns; the line joins what nothing else beats in both.",
+        "![Perplexity by the number of independent layers](images/quality-patterns.png)",
+        "The same perplexities by the mean number of independent layers: at equal size, what is "
+        "shared decides. The dashed line is conventional training.",
     ]
 
 
@@ -139,14 +145,14 @@ def _verdicts(groups: dict[str, list[Row]]) -> list[str]:
     if {"bandit-3", "conventional"} <= figure.keys():
         ratio = figure["bandit-3"] / figure["conventional"]
         lines.append(f"- A quarter of the layers: {ratio:.3f} of conventional training.")
-    if {"bandit", "random"} <= figure.keys():
-        ratio = figure["bandit"] / figure["random"]
-        lines.append(f"- `bandit` has {ratio:.3f} of `random`, which settles at the same step.")
+    if {"bandit-3", "random"} <= figure.keys():
+        ratio = figure["bandit-3"] / figure["random"]
+        lines.append(f"- `bandit-3` has {ratio:.3f} of `random`, which settles at the same step.")
     correlation = _rank_correlation(groups)
     if correlation is not None:
         value, number = correlation
         lines.append(
-            f"- The worths that `bandit` ended with rank the {number} fixed patterns of "
+            f"- The worths that `bandit-3` ended with rank the {number} fixed patterns of "
             f"neighbouring layers with a rank correlation of {value:.2f} to their perplexities."
         )
     return ["\n".join(lines)] if lines else []
@@ -154,14 +160,14 @@ def _verdicts(groups: dict[str, list[Row]]) -> list[str]:
 
 def _rank_correlation(groups: dict[str, list[Row]]) -> tuple[float, int] | None:
     """Spearman's, of what the bandit's worths say of a pattern and how it did from the start."""
-    if "bandit" not in groups:
+    if "bandit-3" not in groups:
         return None
     predicted, measured = [], []
     for name, rows in groups.items():
         kind, _, number = name.rpartition("-")
         if kind in ("sequence", "sandwich"):
             owners = pattern(kind, 12, int(number)).independent_layers
-            worths = [r["worth"] for r in groups["bandit"]]
+            worths = [r["worth"] for r in groups["bandit-3"]]
             predicted.append(statistics.fmean(sum(w[i] for i in owners) for w in worths))
             measured.append(-math.log(_mean(rows, "test_perplexity")))
     if len(predicted) < 4:
@@ -170,22 +176,46 @@ def _rank_correlation(groups: dict[str, list[Row]]) -> tuple[float, int] | None:
     return float(np.corrcoef(*ranks)[0, 1]), len(predicted)
 
 
-def draw_front(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> Figure:
-    """Perplexity against the mean model state, a panel for each text and regime."""
+def draw_panels(
+    rows: Sequence[Row],
+    settings: Sequence[tuple[str, str]],
+    draw: Callable[[Any, dict[str, list[Row]]], None],
+) -> Figure:
+    """A panel for each text and regime."""
     columns = min(3, len(settings))
     lines = math.ceil(len(settings) / columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes, (text, regime) in zip(panels, settings, strict=False):
-            _front(axes, at_best_rate(rows, text, regime))
+            draw(axes, at_best_rate(rows, text, regime))
             axes.set_title(f"{text}, {regime}", loc="left")
-            axes.set_xlabel("mean model state, MB")
             axes.set_ylabel("perplexity, test")
         for axes in panels[len(settings) :]:
             axes.set_visible(False)
         figure.canvas.draw()
     return figure
+
+
+def _patterns(axes: Any, groups: dict[str, list[Row]]) -> None:
+    """Perplexity by the mean number of independent layers, up to five of them."""
+    for name, rows in groups.items():
+        size, figure = _mean(rows, "independent_layers_mean"), _mean(rows, "test_perplexity")
+        if size <= 5 and not name.startswith("conventional"):
+            marker, colour = _look(name)
+            axes.plot(size, figure, marker, color=colour, markersize=9 if marker == "*" else 6)
+            axes.annotate(
+                name, (size, figure), xytext=(5, 2), textcoords="offset points", fontsize=6
+            )
+    if "conventional" in groups:
+        level = _mean(groups["conventional"], "test_perplexity")
+        axes.axhline(level, color="#000000", linestyle="--", linewidth=1)
+    axes.set_xlabel("independent layers, mean over training")
+    axes.set_xlim(0.8, 5.6)
+
+
+def _look(name: str) -> tuple[str, str]:
+    return next(look for kind, look in KINDS.items() if name.startswith(kind))
 
 
 def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
@@ -194,13 +224,13 @@ def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
         for name, rows in groups.items()
     }
     for name, point in points.items():
-        marker, colour = next(look for kind, look in KINDS.items() if name.startswith(kind))
+        marker, colour = _look(name)
         axes.plot(*point, marker, color=colour, markersize=9 if marker == "*" else 6)
         if not _is_beaten(point, points.values()) or colour != KINDS[""][1]:
             axes.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
     front = sorted(point for point in points.values() if not _is_beaten(point, points.values()))
     axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
-    axes.set_yscale("log")
+    axes.set_xlabel("model state, mean over training, MB")
 
 
 def _is_beaten(point: tuple[float, float], others: Any) -> bool:

@@ -103,7 +103,8 @@ def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, b
     rng = np.random.default_rng(seed)
     budget = min(budget, num_layers)
     rules = Rules((0,) * num_layers, budget)
-    policy = Bandit(num_layers, num_decisions=12, seed=seed)
+    price = rng.choice([None, 0.0])
+    policy = Bandit(num_layers, num_decisions=12, price=price, seed=seed)
     state = pattern("sandwich", num_layers, budget)
     for decision in range(1, 16):
         after = Tying.from_action(policy.act(state, rules))
@@ -112,6 +113,7 @@ def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, b
         if decision != 12:  # the last one goes to what is best
             assert len(one - other) <= 1
             assert len(other - one) <= 1
+        assert price == 0.0 or len(one) == len(other)
         assert all(owner in (i, after.owners[i - 1]) for i, owner in enumerate(after.owners))
         policy.observe(state, after.owners, float(rng.normal()), after)
         state = after
@@ -119,7 +121,7 @@ def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, b
 
 def test_layers_of_two_kinds_are_never_tied():
     rules = Rules((0, 1, 0, 1, 0, 1), 6)
-    policy = Bandit(6, num_decisions=30)
+    policy = Bandit(6, num_decisions=30, price=0.0)
     state = rules.tightest
     for t in range(30):
         state = Tying.from_action(policy.act(state, rules))
@@ -145,14 +147,14 @@ def test_it_goes_on_from_its_saved_state():
             states.append(state)
         return states
 
-    one = Bandit(8, num_decisions=10, seed=3)
+    one = Bandit(8, num_decisions=10, price=0.0, seed=3)
     whole = trace(one, Tying.all_tied(8), 0)
-    two = Bandit(8, num_decisions=10, seed=3)
+    two = Bandit(8, num_decisions=10, price=0.0, seed=3)
     state = Tying.all_tied(8)
     for t in range(5):
         state = Tying.from_action(two.act(state, Rules.free(8)))
         two.observe(state, state.owners, -5.0 + 0.1 * (t % 3), state)
-    three = Bandit(8, num_decisions=10, seed=99)
+    three = Bandit(8, num_decisions=10, price=0.0, seed=99)
     three.load_state_dict(json.loads(json.dumps(two.state_dict())))
     assert trace(three, state, 5) == whole[5:]
 

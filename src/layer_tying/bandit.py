@@ -37,14 +37,16 @@ class Bandit:
         num_layers: L.
         num_decisions: after so many the tying is kept; the last of them is made without exploring,
             and the first quarter of them change nothing.
-        price: what an independent layer has to be worth, in nats. The higher, the fewer there are.
+        price: what an independent layer has to be worth, in nats; None: borders move, the number
+            of groups stays. What is measured is what a border is worth at once: the two groups that
+            it makes are equal at first, so a price sees nothing of what they will learn to do.
         seed: of the sampling.
     """
 
     learns = True
 
     def __init__(
-        self, num_layers: int, *, num_decisions: int, price: float = 0.0, seed: int = 0
+        self, num_layers: int, *, num_decisions: int, price: float | None = None, seed: int = 0
     ) -> None:
         self.num_decisions = num_decisions
         self.price = price
@@ -57,7 +59,7 @@ class Bandit:
         self._covariance = np.diag([0.0, *[WORTH**2] * (num_layers - 1), *np.square(UNKNOWN)])
 
     def act(self, state: Tying, rules: Rules) -> Action:
-        """Begin a group, end one or move a border, where that promises the most; or nothing."""
+        """Move a border (with a price also begin a group, or end one) where that promises most."""
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
         begins = set(state.independent_layers)
         self._made += 1
@@ -80,9 +82,9 @@ class Bandit:
         least = min(begins & free, key=lambda i: worth[i], default=None)
         most = max(free - begins, key=lambda i: worth[i], default=None)
         gains: list[tuple[float, set[int], set[int]]] = [(0.0, set(), set())]
-        if most is not None and len(begins) < max_independent:
+        if self.price is not None and most is not None and len(begins) < max_independent:
             gains.append((worth[most] - self.price, set(), {most}))
-        if least is not None:
+        if self.price is not None and least is not None:
             gains.append((self.price - worth[least], {least}, set()))
         if least is not None and most is not None:
             gains.append((worth[most] - worth[least], {least}, {most}))

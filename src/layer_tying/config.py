@@ -98,8 +98,8 @@ class TrainConfig:
     )
     layer_price: float | None = _flag(
         None,
-        "what a further independent layer has to be worth to the bandit, in nats "
-        "(default: 0.02; with --budget-layers 0)",
+        "what an independent layer has to be worth to the bandit, in nats "
+        "(default: their number stays what it is at the start)",
     )
     budget_layers: int | None = _flag(None, "the most layers that may ever be independent")
     budget_parameters: int | None = _flag(None, "the most parameters the model may ever have")

@@ -76,11 +76,10 @@ def settles_at(config: TrainConfig, num_steps: int) -> int:
 
 
 def _bandit(config: TrainConfig, num_steps: int) -> Bandit:
-    price = config.layer_price
-    if price is None:
-        price = 0.02 if config.budget_layers is None else 0.0
     num_decisions = math.ceil(settles_at(config, num_steps) / config.every)
-    return Bandit(config.nlayers, num_decisions=num_decisions, price=price, seed=config.seed)
+    return Bandit(
+        config.nlayers, num_decisions=num_decisions, price=config.layer_price, seed=config.seed
+    )
 
 
 def rules(config: TrainConfig, model_config: PretrainedConfig) -> Rules:
@@ -111,7 +110,8 @@ def _initial(config: TrainConfig) -> Tying:
     name = "all" if config.initial == "frozen" else config.initial
     num_groups = config.groups
     if name == "sandwich" and num_groups is None:
-        num_groups = config.budget_layers
+        usual = max(3, config.nlayers // 4)
+        num_groups = min(config.budget_layers or usual, config.nlayers)
     return pattern(name, config.nlayers, num_groups)
 
 
