@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from performance_tables import table
+from scipy.stats import spearmanr
 
 from layer_tying.policies import pattern
 from layer_tying.report.figures import STYLE
@@ -172,8 +172,7 @@ def _rank_correlation(groups: dict[str, list[Row]]) -> tuple[float, int] | None:
             measured.append(-math.log(_mean(rows, "test_perplexity")))
     if len(predicted) < 4:
         return None
-    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
-    return float(np.corrcoef(*ranks)[0, 1]), len(predicted)
+    return float(spearmanr(predicted, measured).statistic), len(predicted)
 
 
 def draw_panels(
