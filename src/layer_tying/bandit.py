@@ -25,7 +25,7 @@ LEVEL, SLOPE = 0.03, 0.02  # of what the trend's level and its slope change by b
 UNKNOWN = 1e4, 1.0  # of the level and the slope at the start, when losses fall fast
 WORTH = 0.1  # of a layer's worth, before anything is known
 WATCHED = 0.25  # share of the decisions that change nothing: the loss falls too steeply yet
-FIRST, LAST = 0.3, 0.1
+FIRST, LAST = 0.5, 0.1
 """What layer 1 and the last layer are expected to be worth as the first of their groups: the first
 and the last layer of a transformer do work of their own (see docs/log.md)."""
 
