@@ -78,16 +78,23 @@ class Bandit:
     def _moved(
         self, begins: set[int], free: set[int], max_independent: int, worth: np.ndarray
     ) -> set[int]:
-        """The best single change to the layers that begin a group."""
-        least = min(begins & free, key=lambda i: worth[i], default=None)
-        most = max(free - begins, key=lambda i: worth[i], default=None)
+        """The best single change to the layers that begin a group.
+
+        A border moves between its neighbours only: further off, one group's weights would be lost.
+        """
         gains: list[tuple[float, set[int], set[int]]] = [(0.0, set(), set())]
-        if self.price is not None and most is not None and len(begins) < max_independent:
-            gains.append((worth[most] - self.price, set(), {most}))
-        if self.price is not None and least is not None:
-            gains.append((self.price - worth[least], {least}, set()))
-        if least is not None and most is not None:
-            gains.append((worth[most] - worth[least], {least}, {most}))
+        for border in sorted(begins & free):
+            lower = max(i for i in begins if i < border)
+            upper = min((i for i in begins if i > border), default=len(worth))
+            gains += [
+                (worth[to] - worth[border], {border}, {to})
+                for to in range(lower + 1, upper)
+                if to in free and to != border
+            ]
+            if self.price is not None:
+                gains.append((self.price - worth[border], {border}, set()))
+        if self.price is not None and len(begins) < max_independent:
+            gains += [(worth[to] - self.price, set(), {to}) for to in sorted(free - begins)]
         _, ends, starts = max(gains, key=lambda gain: gain[0])
         return begins - ends | starts
 
