@@ -87,8 +87,9 @@ def _introduction(results: Row) -> list[str]:
         f"{', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
         "with several seeds the mean and the standard deviation. `bandit-M` starts from "
-        "`sandwich-M` and keeps M independent layers; the priced one chooses. The runs are "
-        "short: they compare the contestants with each other, at this size and length.",
+        "`sandwich-M` and keeps M independent layers. The runs are short: they compare the "
+        "contestants with each other, at this size and length. Where there is one seed only, a "
+        "few per cent may be chance; what was tried on the way is in the [log](log.md).",
         "![Perplexity against mean model state](images/quality-front.png)",
         "Grey dots are fixed patterns; the line joins what nothing else beats in both.",
         "![Perplexity by the number of independent layers](images/quality-patterns.png)",
@@ -198,38 +199,60 @@ def draw_panels(
 
 def _patterns(axes: Any, groups: dict[str, list[Row]]) -> None:
     """Perplexity by the mean number of independent layers, up to five of them."""
-    for name, rows in groups.items():
-        size, figure = _mean(rows, "independent_layers_mean"), _mean(rows, "test_perplexity")
-        if size <= 5 and not name.startswith("conventional"):
-            marker, colour = _look(name)
-            axes.plot(size, figure, marker, color=colour, markersize=9 if marker == "*" else 6)
-            axes.annotate(
-                name, (size, figure), xytext=(5, 2), textcoords="offset points", fontsize=6
-            )
+    points = _points(groups, "independent_layers_mean")
+    points = {
+        name: point
+        for name, point in points.items()
+        if point[0] <= 5 and not name.startswith("conventional")
+    }
+    _plot(axes, points)
     if "conventional" in groups:
         level = _mean(groups["conventional"], "test_perplexity")
         axes.axhline(level, color="#000000", linestyle="--", linewidth=1)
     axes.set_xlabel("independent layers, mean over training")
-    axes.set_xlim(0.8, 5.6)
+    axes.set_xlim(0.4, 5.2)
+    _label(axes, points)
+
+
+def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
+    """Perplexity by the mean model state; those that nothing beats in both are joined."""
+    points = {
+        name: (size / 1e6, figure)
+        for name, (size, figure) in _points(groups, "model_state_bytes_mean").items()
+    }
+    front = {n: point for n, point in points.items() if not _is_beaten(point, points.values())}
+    axes.plot(*zip(*sorted(front.values()), strict=True), color="#999999", linewidth=1, zorder=0)
+    _plot(axes, points)
+    axes.set_xlabel("model state, mean over training, MB")
+    axes.margins(x=0.25)
+    _label(axes, {n: p for n, p in points.items() if n in front or _look(n) != KINDS[""]})
+
+
+def _points(groups: dict[str, list[Row]], size: str) -> dict[str, tuple[float, float]]:
+    return {n: (_mean(rows, size), _mean(rows, "test_perplexity")) for n, rows in groups.items()}
 
 
 def _look(name: str) -> tuple[str, str]:
     return next(look for kind, look in KINDS.items() if name.startswith(kind))
 
 
-def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
-    points = {
-        name: (_mean(rows, "model_state_bytes_mean") / 1e6, _mean(rows, "test_perplexity"))
-        for name, rows in groups.items()
-    }
+def _plot(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     for name, point in points.items():
         marker, colour = _look(name)
         axes.plot(*point, marker, color=colour, markersize=9 if marker == "*" else 6)
-        if not _is_beaten(point, points.values()) or colour != KINDS[""][1]:
-            axes.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
-    front = sorted(point for point in points.values() if not _is_beaten(point, points.values()))
-    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
-    axes.set_xlabel("model state, mean over training, MB")
+
+
+def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, the bandit's on the left, moved up where they would overlap."""
+    low, high = axes.get_ylim()
+    taken: dict[tuple[bool, int], float] = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        is_ours = name.startswith("bandit")
+        column = is_ours, round(x)
+        height = max(y, taken.get(column, low) + 0.05 * (high - low))
+        taken[column] = height
+        text, side = (f"{name}   ", "right") if is_ours else (f"   {name}", "left")
+        axes.text(x, height, text, ha=side, va="center", fontsize=7)
 
 
 def _is_beaten(point: tuple[float, float], others: Any) -> bool:
