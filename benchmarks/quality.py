@@ -9,7 +9,7 @@ Each run is a process of one thread, two at a time. A run whose summary is there
 that was stopped begins anew. After every run benchmarks/results/quality.json and docs/quality.md
 are written, so that what was done counts when it is stopped.
 
-    python benchmarks/quality.py                                 # all: as long as it takes
+    python benchmarks/quality.py                                 # all: some 8 hours of one thread
     python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
 """
 
