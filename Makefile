@@ -11,7 +11,7 @@ demo: $(VENV)/.run    ## train a GPT-2 conventionally and with the paper's agent
 		--eval-batches 20
 
 test: $(VENV)/.test   ## the tests, in minutes, without a network
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test ## the tests that take longer
 	$(BIN)/python -m pytest -m slow

@@ -166,9 +166,10 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
         folder.mkdir()
         write_text(folder)
         options = {"policy": "bandit", "budget_layers": 3, "nlayers": 6, "settle": 0.4, "every": 2}
+        options |= {"eval_every": 24, "save_every": 8}
         configs.append(small(folder, **options))
     train(configs[0])
-    crashed_at(configs[1], 9)
+    crashed_at(configs[1], 11)
     train(configs[1], resume=True)
     assert traces_of(configs[0].folder) == traces_of(configs[1].folder)
     lines = lines_of(configs[0].folder / "tying.jsonl")

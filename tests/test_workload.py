@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
-from small_runs import WORDS, lines_of, small
+from small_runs import WORDS, lines_of, small, write_text
 
 from layer_tying import files, setup
 from layer_tying.config import TrainConfig
@@ -136,6 +136,7 @@ def test_images_need_no_flag_but_the_family(tmp_path):
     config = TrainConfig(
         **{"family": "vit", "nlayers": 2, "emsize": 16, "max_steps": 60, "batch_size": 64},
         **{"every": 20, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
+        **{"eval_every": 30, "save_every": 60},
         output_dir=str(tmp_path),
     )
     summary = train(config)
@@ -176,16 +177,13 @@ def test_a_few_steps_on_real_data(tmp_path, monkeypatch, changes, measured):
     assert measured <= train(config).keys()
 
 
-@pytest.mark.parametrize(
-    "family, dataset", [("gpt2", ""), ("llama", ""), ("bert", ""), ("vit", "digits")]
-)
-def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(family, dataset):
-    config = TrainConfig(
-        policy="none", family=family, dataset=dataset, nlayers=2, emsize=32, precision="bf16"
-    )
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
+def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(tmp_path, family):
+    data = {"dataset": "digits"} if family == "vit" else {"dataset": str(write_text(tmp_path))}
+    config = small(tmp_path, policy="none", family=family, precision="bf16", **data)
     workload = build_workload(config)
     torch.manual_seed(0)
-    model = build_model(workload.model_config, Tying.independent(2)).eval()
+    model = build_model(workload.model_config, Tying.independent(3)).eval()
     batch = next(workload.batches)
     usual = model.config._attn_implementation
     losses = []
@@ -198,10 +196,11 @@ def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(fam
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
-@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"precision": "bf16", "bptt": 512}])
-def test_other_sequences_attend_by_the_fused_kernel(changes):
-    config = TrainConfig(policy="none", nlayers=2, emsize=32, **changes)
-    model = build_model(build_workload(config).model_config, Tying.independent(2))
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"precision": "bf16", "bptt": 300}])
+def test_other_sequences_attend_by_the_fused_kernel(tmp_path, changes):
+    write_text(tmp_path, num_lines=400)
+    config = small(tmp_path, policy="none", **changes)
+    model = build_model(build_workload(config).model_config, Tying.independent(3))
     usual = model.config._attn_implementation
     setup.choose_attention(model, config)
     assert model.config._attn_implementation == usual != "eager"
