@@ -26,6 +26,7 @@ from common import (
     arguments,
     gpt2,
     measure_all,
+    name_of,
     own_bytes,
     peak_of_phase,
     random_tying,
@@ -126,8 +127,7 @@ def cases(is_quick: bool, optimizers: Container[str]) -> Iterator[Case]:
 
 
 def line(row: Case, rows: list[Case]) -> str:
-    name = f"{row['independent']:>3} of {row['layers']} layers, {row['optimizer']}"
-    name += ", checkpointing" if row["checkpointing"] else ""
+    name = name_of(row, f" layers, {row['optimizer']}")
     if "error" in row:
         return f"{name}: {row['error']}"
     return f"{name}: {row['above_own_bytes'] / 1e6:,.0f} MB, {row['step_seconds']:.2f} s a step"

@@ -163,6 +163,12 @@ def rows_so_far(path: Path) -> list[Case]:
     return results["rows"]
 
 
+def name_of(row: Case, setting: str) -> str:
+    """What a line about a row begins with."""
+    checkpointing = ", checkpointing" if row["checkpointing"] else ""
+    return f"{row['independent']:>3} of {row['layers']}{setting}{checkpointing}"
+
+
 def in_a_process(script: str, case: Case) -> Case:
     """Run ``script --case CASE`` in a process of its own: the case, with what was measured.
 

@@ -25,6 +25,7 @@ from common import (
     batch,
     gpt2,
     measure_all,
+    name_of,
     own_bytes,
     peak_of_phase,
     random_tying,
@@ -121,8 +122,7 @@ def cases(is_quick: bool, lengths: Iterable[int]) -> Iterator[Case]:
 
 
 def line(row: Case, rows: list[Case]) -> str:
-    name = f"{row['independent']:>3} of {row['layers']}, 1 x {row['length']}"
-    name += ", checkpointing" if row["checkpointing"] else ""
+    name = name_of(row, f", 1 x {row['length']}")
     if "error" in row:
         return f"{name}: {row['error']}"
     ratio, bound = ratio_and_bound(row, rows) or (float("nan"), float("nan"))

@@ -85,8 +85,9 @@ def main() -> int:
 def train_all(runs: Iterable[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, at most two at a time."""
     running: dict[Run, subprocess.Popen[bytes]] = {}
+    known = known_runs(rows_so_far(options))
     for run in runs:
-        if not is_done(run, options):
+        if run not in known and not has_ended(run, options):
             wait_for_room(running, options.processes, options)
             running[run] = start(run, options)
     wait_for_room(running, 1, options)
@@ -121,10 +122,13 @@ def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**(settings | CONTESTANTS[contestant]))
 
 
-def is_done(run: Run, options: argparse.Namespace) -> bool:
-    """Whether its row is among earlier results, or its run has ended since."""
-    is_known = any(run == tuple(row[name] for name in NAMES) for row in rows_so_far(options))
-    return is_known or (config_of(run, options).folder / "summary.json").exists()
+def has_ended(run: Run, options: argparse.Namespace) -> bool:
+    return (config_of(run, options).folder / "summary.json").exists()
+
+
+def known_runs(rows: Iterable[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    """The runs whose rows are among earlier results."""
+    return {tuple(row[name] for name in NAMES) for row in rows}
 
 
 def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -180,10 +184,10 @@ def wait_for_room(
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of earlier results and of all runs done since, written with the page of them."""
     rows = rows_so_far(options)
-    known = {tuple(row[name] for name in NAMES) for row in rows}
+    known = known_runs(rows)
     every = product(SETS, REGIMES, CONTESTANTS, options.rates, options.seeds)
-    ended = [run for run in every if (config_of(run, options).folder / "summary.json").exists()]
-    rows += [row_of(run, options) for run in ended if run not in known]
+    new = [run for run in every if run not in known and has_ended(run, options)]
+    rows += [row_of(run, options) for run in new]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     results = {"command": "python benchmarks/quality.py", "settings": SHAPE, "rows": rows}
     options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
