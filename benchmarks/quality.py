@@ -2,52 +2,58 @@
 
 Every contestant trains the same transformer (12 layers x 64, rotary positions) for the same steps
 on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
-over much of a text, and some dozens over little of it. Each contestant has the same learning rates
-to choose from, on validation and for the first seed; test figures are only reported.
+over much of a text, and many over little of it. Each contestant has the same learning rates to
+choose from, for each regime, on validation of the first text and for the first seed; test figures
+are only reported.
 
-Each run is a process of one thread, two at a time. A run whose summary is there is left alone, one
-that was stopped begins anew. After every run benchmarks/results/quality.json and docs/quality.md
-are written, so that what was done counts when it is stopped.
+Runs go through at most two processes of one thread each. A run whose row is there is left alone,
+one that was stopped begins anew. After every run benchmarks/results/quality.json and
+docs/quality.md are written, so that what was done counts when it is stopped.
 
-    python benchmarks/quality.py                                 # all: some 8 hours of one thread
+    python benchmarks/quality.py                                 # all: some 4 hours of two threads
     python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from paper import processor
 from quality_page import best_rate, write_page
 
 from layer_tying.config import TrainConfig
 from layer_tying.data import load_texts
-from layer_tying.train import train
+from layer_tying.train import Interrupted, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
 SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
-REGIMES = {  # characters of the training text
-    "one-pass": {"pydocs": 1_500_000, "shake": 1_500_000, "wiki2": 4_500_000},
+SEARCHED = "pydocs"  # the text on which rates are chosen: all of us have it
+REGIMES = {  # characters of the training text; a run reads 410,000 tokens
+    "one-pass": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
     "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
 }
 HELD_OUT = 48_000  # characters of validation, and of test
-RATES = (1.5e-3, 3e-3)
+RATES = (2e-3, 4e-3)
 SHAPE: dict[str, Any] = {
-    **{"family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 128, "batch_size": 16},
-    **{"max_steps": 400, "eval_every": 100, "eval_batches": None, "precision": "bf16"},
-    **{"every": 10, "save_every": 400, "log_every": 50},
+    **{"family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "batch_size": 8},
+    **{"max_steps": 800, "eval_every": 80, "eval_batches": 12, "precision": "bf16"},
+    **{"compile": True, "every": 10, "save_every": 800, "log_every": 80},
 }
+DAMPED = {"shared_init": "damped"}
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "conventional": {"policy": "none"},
     **{f"conventional, {m} layers": {"policy": "none", "nlayers": m} for m in (2, 3, 4)},
@@ -63,34 +69,70 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "dqn": {"policy": "dqn"},
     **{f"bandit-{m}": {"policy": "bandit", "budget_layers": m} for m in (2, 3, 4)},
     "bandit, priced": {"policy": "bandit", "layer_price": 0.02},
+    # What the damped start alone is worth, without the bandit's decisions.
+    **{f"sandwich-{m}, damped": {"policy": "sandwich", "groups": m} | DAMPED for m in (2, 3, 4)},
+    "random, damped": {"policy": "random", "settle": 0.5, "initial": "sandwich", "groups": 3}
+    | {"budget_layers": 3}
+    | DAMPED,
+    "dqn, damped": {"policy": "dqn"} | DAMPED,
 }
 Run = tuple[str, str, str, float, int]
 NAMES = ("set", "regime", "contestant", "lr", "seed")  # what tells runs apart
 
 
 def main() -> int:
-    if len(sys.argv) == 3 and sys.argv[1] == "--train":
-        train(TrainConfig.from_json(sys.argv[2]), overwrite=True)
-        return 0
     options = arguments()
-    first, *others = options.seeds
-    settings = list(product(options.sets, options.regimes, options.contestants))
-    train_all([(*each, rate, first) for each in settings for rate in options.rates], options)
-    rows = collect(options)
-    rates = {each: best_rate(rows, *each) for each in settings}
-    train_all([(*each, rates[each], seed) for seed in others for each in settings], options)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    try:
+        first, *others = options.seeds
+        searched = list(product([SEARCHED], options.regimes, options.contestants))
+        train_all([(*each, rate, first) for each in searched for rate in options.rates], options)
+        rows = collect(options)
+        rates = {each[1:]: best_rate(rows, *each) for each in searched}
+        settings = list(product(options.sets, options.regimes, options.contestants))
+        for seed in (first, *others):
+            train_all([(*each, rates[each[1:]], seed) for each in settings], options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
 def train_all(runs: Iterable[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, at most two at a time."""
-    running: dict[Run, subprocess.Popen[bytes]] = {}
     known = known_runs(rows_so_far(options))
-    for run in runs:
-        if run not in known and not has_ended(run, options):
-            wait_for_room(running, options.processes, options)
-            running[run] = start(run, options)
-    wait_for_room(running, 1, options)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        waiting: dict[Future[None], Run] = {}
+        for run in runs:
+            if run not in known and not has_ended(run, options):
+                cut(run[0], run[1], options.folder)
+                waiting[pool.submit(train_one, config_of(run, options))] = run
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                report(waiting[done], options)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train_one(config: TrainConfig) -> None:
+    """One run, in a process of the pool."""
+    torch._dynamo.reset()  # compiled layers of other shapes would count against its limit
+    with redirect_stderr(io.StringIO()):  # progress bars
+        try:
+            train(config, overwrite=True)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+
+
+def report(run: Run, options: argparse.Namespace) -> None:
+    folder = config_of(run, options).folder
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    print(*run, f"{summary['validation_perplexity']:.4f}", flush=True)
+    shutil.rmtree(folder / "checkpoints")
+    collect(options)
 
 
 def arguments() -> argparse.Namespace:
@@ -137,16 +179,6 @@ def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
     return json.loads(options.results.read_text(encoding="utf-8"))["rows"]
 
 
-def start(run: Run, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """Train in a process of one thread."""
-    text, regime, *_ = run
-    cut(text, regime, options.folder)
-    command = [sys.executable, __file__, "--train", config_of(run, options).to_json()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, env=environment)
-
-
 def cut(text: str, regime: str, folder: Path) -> None:
     """Write a regime's share of a text, and shorter validation and test texts."""
     place = folder / "data" / f"{text}-{regime}"
@@ -161,24 +193,6 @@ def cut(text: str, regime: str, folder: Path) -> None:
     }
     for split, part in parts.items():
         (place / f"{split}.txt").write_text(part, encoding="utf-8")
-
-
-def wait_for_room(
-    running: dict[Run, subprocess.Popen[bytes]], limit: int, options: argparse.Namespace
-) -> None:
-    """Wait until fewer than so many processes run (1: until all have ended)."""
-    while len(running) >= limit:
-        time.sleep(0.5)
-        for run in [run for run, process in running.items() if process.poll() is not None]:
-            process = running.pop(run)
-            if process.returncode:
-                _, errors = process.communicate()
-                sys.exit(f"{run}: {errors.decode(errors='replace').strip().splitlines()[-1]}")
-            folder = config_of(run, options).folder
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            print(*run, f"{summary['validation_perplexity']:.4f}", flush=True)
-            shutil.rmtree(folder / "checkpoints")
-            collect(options)
 
 
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ KINDS = {  # prefix of a contestant -> marker, colour (of Okabe and Ito)
     "bandit": ("*", "#D55E00"),
     "dqn": ("X", "#0072B2"),
     "random": ("P", "#56B4E9"),
+    "sandwich-2, damped": ("D", "#009E73"),
+    "sandwich-3, damped": ("D", "#009E73"),
+    "sandwich-4, damped": ("D", "#009E73"),
     "": ("o", "#999999"),
 }
 
@@ -64,10 +67,9 @@ def write_page(results: Row, folder: Path) -> None:
     for name, draw in (("front", _front), ("patterns", _patterns)):
         figure = draw_panels(rows, settings, draw)
         figure.savefig(folder / "images" / f"quality-{name}.png", dpi=150)
-    parts = ["# Quality", *_introduction(results)]
+    parts = ["# Quality", *_introduction(results), _verdicts(rows, settings), *_PICTURES]
     for text, regime in settings:
-        groups = at_best_rate(rows, text, regime)
-        parts += [f"## {text}, {regime}", _table(groups), *_verdicts(groups)]
+        parts += [f"## {text}, {regime}", _table(at_best_rate(rows, text, regime))]
     page = "\n\n".join(parts) + "\n"
     (folder / "quality.md").write_text(page, encoding="utf-8")
 
@@ -82,20 +84,25 @@ def _introduction(results: Row) -> list[str]:
         f"{settings['nlayers']} layers x {settings['emsize']}, rotary positions, "
         f"{' or '.join(map(str, steps))} steps of {settings['batch_size']} x {settings['bptt']} "
         f"tokens, equal data, order and seeds. Each contestant had the same learning rates to "
-        f"choose from, on validation with the first seed. Written by `make bench-quality` from "
-        f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
-        f"{', '.join(machine)}, {', '.join(versions)}.",
+        f"choose from in each regime, on pydocs' validation split with the first seed. Written by "
+        f"`make bench-quality` from `benchmarks/results/quality.json`: {len(rows)} runs of one "
+        f"thread, {', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
         "with several seeds the mean and the standard deviation. `bandit-M` starts from "
-        "`sandwich-M` and keeps M independent layers. The runs are short: they compare the "
-        "contestants with each other, at this size and length. Where there is one seed only, a "
-        "few per cent may be chance; what was tried on the way is in the [log](log.md).",
-        "![Perplexity against mean model state](images/quality-front.png)",
-        "Grey dots are fixed patterns; the line joins what nothing else beats in both.",
-        "![Perplexity by the number of independent layers](images/quality-patterns.png)",
-        "The same perplexities by the mean number of independent layers: at equal size, what is "
-        "shared decides. The dashed line is conventional training.",
+        "`sandwich-M` with damped initial weights and keeps M independent layers; `bandit, priced` "
+        "begins and ends groups as it likes. The runs are short: they compare the contestants "
+        "with each other, at this size and length. Where there is one seed only, a few per cent "
+        "may be chance; what was tried on the way is in the [log](log.md).",
     ]
+
+
+_PICTURES = (
+    "![Perplexity against mean model state](images/quality-front.png)",
+    "Grey dots are fixed patterns; the line joins what nothing else beats in both.",
+    "![Perplexity by the number of independent layers](images/quality-patterns.png)",
+    "The same perplexities by the mean number of independent layers: at equal size, what is "
+    "shared decides, and how it starts. The dashed line is conventional training.",
+)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
@@ -104,7 +111,8 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 def _table(groups: dict[str, list[Row]]) -> str:
     heads = (
-        *("contestant", "perplexity", "bits/byte", "independent, mean", "end"),
+        *("contestant", "perplexity", "bits/byte", "validation, best", "at the end"),
+        *("independent, mean", "end"),
         *("state, mean MB", "peak MB", "s/step", "decisions", "learning rate", "seeds"),
     )
     ordered = sorted(groups.items(), key=lambda item: _mean(item[1], "test_perplexity"))
@@ -118,6 +126,8 @@ def _cells(name: str, rows: Sequence[Row]) -> list[str]:
         name,
         f"{statistics.fmean(spread):.3f}{deviation}",
         f"{_mean(rows, 'bits_per_byte'):.3f}",
+        f"{_mean(rows, 'validation_perplexity'):.3f}",
+        f"{_mean(rows, 'validation_perplexity_at_the_end'):.3f}",
         f"{_mean(rows, 'independent_layers_mean'):.2f}",
         f"{_mean(rows, 'independent_layers_end'):.1f}",
         f"{_mean(rows, 'model_state_bytes_mean') / 1e6:.2f}",
@@ -129,51 +139,58 @@ def _cells(name: str, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _verdicts(groups: dict[str, list[Row]]) -> list[str]:
-    """What the bandit gained over its rivals, over its own start, and how it ranked patterns."""
-    figure = {name: _mean(rows, "test_perplexity") for name, rows in groups.items()}
+def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
+    """The bandit's perplexity as a share of its rivals', a line for each text and regime."""
+    heads = (
+        *("text, regime", "M = 2: of the best fixed", "M = 3", "M = 4"),
+        *("M = 3: of conventional", "of `random`", "of `random, damped`"),
+        *("of `sandwich-3, damped`", "rank correlation"),
+    )
     lines = []
-    for m, fixed in FIXED.items():
-        rivals = [name for name in fixed if name in figure]
-        if f"bandit-{m}" in figure and rivals:
-            best = min(rivals, key=lambda name: figure[name])
-            line = f"- {m} independent layers: `bandit-{m}` has "
-            line += f"{figure[f'bandit-{m}'] / figure[best]:.3f} of `{best}`, the best published"
-            if f"sandwich-{m}" in figure:
-                ratio = figure[f"bandit-{m}"] / figure[f"sandwich-{m}"]
-                line += f"; {ratio:.3f} of its own start, `sandwich-{m}`"
-            lines.append(f"{line}.")
-    if {"bandit-3", "conventional"} <= figure.keys():
-        ratio = figure["bandit-3"] / figure["conventional"]
-        lines.append(f"- A quarter of the layers: {ratio:.3f} of conventional training.")
-    if {"bandit-3", "random"} <= figure.keys():
-        ratio = figure["bandit-3"] / figure["random"]
-        lines.append(f"- `bandit-3` has {ratio:.3f} of `random`, which settles at the same step.")
-    correlation = _rank_correlation(groups)
-    if correlation is not None:
-        value, number = correlation
-        lines.append(
-            f"- The worths that `bandit-3` ended with rank the {number} fixed patterns of "
-            f"neighbouring layers with a rank correlation of {value:.2f} to their perplexities."
-        )
-    return ["\n".join(lines)] if lines else []
+    for text, regime in settings:
+        groups = at_best_rate(rows, text, regime)
+        figure = {name: _mean(mine, "test_perplexity") for name, mine in groups.items()}
+        rivals = ("conventional", "random", "random, damped", "sandwich-3, damped")
+        cells = [f"{text}, {regime}", *(_of_best_fixed(figure, m) for m in FIXED)]
+        cells += [_ratio(figure, "bandit-3", rival) for rival in rivals]
+        lines.append([*cells, _rank_correlation(groups)])
+    return (
+        "The bandit's perplexity as a share of its rivals' (below 1: it is better), beside the "
+        "published fixed patterns with as many independent layers, conventional training, random "
+        "changes that settle when it does, and its own start kept to the end. The rank "
+        "correlation is that of what its worths predict for the fixed patterns of neighbouring "
+        "layers with the perplexities they had.\n\n" + table(heads, lines)
+    )
 
 
-def _rank_correlation(groups: dict[str, list[Row]]) -> tuple[float, int] | None:
+def _of_best_fixed(figure: dict[str, float], m: int) -> str:
+    rivals = [name for name in FIXED[m] if name in figure]
+    if not rivals:
+        return ""
+    best = min(rivals, key=lambda name: figure[name])
+    ratio = _ratio(figure, f"bandit-{m}", best)
+    return f"{ratio} ({best})" if ratio else ""
+
+
+def _ratio(figure: dict[str, float], one: str, other: str) -> str:
+    return f"{figure[one] / figure[other]:.3f}" if {one, other} <= figure.keys() else ""
+
+
+def _rank_correlation(groups: dict[str, list[Row]]) -> str:
     """Spearman's, of what the bandit's worths say of a pattern and how it did from the start."""
     if "bandit-3" not in groups:
-        return None
+        return ""
     predicted, measured = [], []
     for name, rows in groups.items():
         kind, _, number = name.rpartition("-")
-        if kind in ("sequence", "sandwich"):
+        if kind in ("sequence", "sandwich") and number.isdecimal():
             owners = pattern(kind, 12, int(number)).independent_layers
             worths = [r["worth"] for r in groups["bandit-3"]]
             predicted.append(statistics.fmean(sum(w[i] for i in owners) for w in worths))
             measured.append(-math.log(_mean(rows, "test_perplexity")))
     if len(predicted) < 4:
-        return None
-    return float(spearmanr(predicted, measured).statistic), len(predicted)
+        return ""
+    return f"{spearmanr(predicted, measured).statistic:.2f} ({len(predicted)})"
 
 
 def draw_panels(

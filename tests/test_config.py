@@ -160,7 +160,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
         **{"eval_every": 7, "eval_batches": 7, "seed": 1, "sharing": "frozen"},
-        **{"optimizer": "adamw8bit", "settle": 0.25},
+        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "damped"},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
     }
     base = TrainConfig()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from layer_tying.errors import InputError
 from layer_tying.find import find_layers
 from layer_tying.models import build_model, image_config, language_config, model_class
 from layer_tying.surgery import TiedLayers
@@ -263,3 +264,33 @@ def test_a_tied_start_allocates_one_block_and_not_all():
     growth, _, total = untied
     assert total == others + 24 * block
     assert growth > 24 * block
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
+def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
+    """With the same draws, only what writes to the residual stream differs, by the uses."""
+    once, damped = (parameters_of_layers(build(kind, damped=d)) for d in (False, True))
+    uses = {0: 3, 2: 1}
+    for layer, number in uses.items():
+        quotients = {
+            name: (once[layer][name].abs().sum() / p.abs().sum()).item()
+            for name, p in damped[layer].items()
+            if p.ndim > 1
+        }
+        assert sorted(set(np.round(list(quotients.values()), 4))) == sorted({1.0, number})
+        divided = [name for name, quotient in quotients.items() if quotient > 1.5]
+        assert len(divided) == (2 if number > 1 else 0)
+        rows = [damped[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
+        assert rows == [32] * len(divided)  # those that map to the residual stream's width
+
+
+def test_damping_refuses_a_model_whose_residual_stream_it_does_not_know():
+    config = transformers.GPTNeoXConfig(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_size=16,
+        vocab_size=9,
+        architectures=["GPTNeoXForCausalLM"],
+    )
+    with pytest.raises(InputError, match="gpt_neox are not known: they are of gpt2, llama, bert"):
+        build_model(config, Tying.all_tied(2), damped=True)

@@ -93,6 +93,12 @@ class TrainConfig:
         "frozen: all tied in name, but not yet in memory (default: all; bandit: sandwich)",
         ("", *PATTERNS, "frozen"),
     )
+    shared_init: str = _flag(
+        "",
+        "initial weights of shared layers; damped: what a layer adds to the residual stream is "
+        "divided by the number of its uses (default: plain; bandit: damped)",
+        ("", "plain", "damped"),
+    )
     settle: float | None = _flag(
         None, "share of the run, at its end, without decisions (default: 0; bandit: 0.5)"
     )
@@ -168,6 +174,7 @@ class TrainConfig:
             if is_vit
             else "log-perplexity",
             "settle": 0.5 if is_bandit else 0.0,
+            "shared_init": "damped" if is_bandit else "plain",
         }
         for name, value in usual.items():
             if getattr(self, name) in ("", None):

@@ -8,6 +8,7 @@ then is storage made, for what is left. Layers that are tied from the start cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -168,6 +169,7 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    damped: bool = False,
 ) -> PreTrainedModel:
     """Build a randomly initialised model whose layers are tied from the start.
 
@@ -179,6 +181,12 @@ def build_model(
         tying: of as many layers as the configuration has.
         device: where the weights shall lie.
         dtype: of the weights.
+        damped: divide what a layer adds to the residual stream by the number of its uses. The
+            outputs of n layers that share weights are alike at the start, and their sum grows with
+            n, where that of n independent ones grows with the square root of n.
+
+    Raises:
+        InputError: if it shall be damped and is of a kind whose output projections are not known.
     """
     model = lay_out(config)
     layers = TiedLayers(model)
@@ -190,10 +198,37 @@ def build_model(
             for module in blocks[layer].modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # drawn once, by its owner
     model.init_weights()
+    if damped:
+        _damp(layers, output_projections(config))
     for layer, owner in enumerate(tying.owners):
         for mine, its in zip(blocks[layer].buffers(), blocks[owner].buffers(), strict=True):
             mine.copy_(its)
     return model
+
+
+OUTPUT_PROJECTIONS = {  # by model type: what writes to the residual stream, within a layer
+    "gpt2": ("attn.c_proj.*", "mlp.c_proj.*"),
+    "llama": ("self_attn.o_proj.*", "mlp.down_proj.*"),
+    "bert": ("attention.output.dense.*", "output.dense.*"),
+    "vit": ("attention.o_proj.*", "mlp.fc2.*", "attention.output.dense.*", "output.dense.*"),
+}
+
+
+def output_projections(config: PretrainedConfig) -> tuple[str, ...]:
+    """Name patterns of the parameters that write to the residual stream, within a layer."""
+    if config.model_type not in OUTPUT_PROJECTIONS:
+        raise InputError(
+            f"the output projections of a layer of {config.model_type} are not known: "
+            f"they are of {', '.join(OUTPUT_PROJECTIONS)}"
+        )
+    return OUTPUT_PROJECTIONS[config.model_type]
+
+
+def _damp(layers: TiedLayers, patterns: Sequence[str]) -> None:
+    for owner, users in layers.tying.groups.items():
+        for name, parameter in layers.parameters(owner).items():
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                parameter.data /= len(users)
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -51,7 +51,12 @@ class Training:
         self.rules = setup.rules(config, self.workload.model_config)
         setup.check_budget(self.rules, start, policy)
         in_memory = Tying.independent(config.nlayers) if config.freezes else start
-        self.model = build_model(self.workload.model_config, in_memory, device=accelerator.device)
+        self.model = build_model(
+            self.workload.model_config,
+            in_memory,
+            device=accelerator.device,
+            damped=config.shared_init == "damped",
+        )
         self.model.config.use_cache = False
         setup.choose_attention(self.model, config)
         if config.task:
