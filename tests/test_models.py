@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from layer_tying.damping import damp_shared_layers
 from layer_tying.errors import InputError
 from layer_tying.find import find_layers
 from layer_tying.models import build_model, image_config, language_config, model_class
@@ -282,6 +283,14 @@ def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
         assert len(divided) == (2 if number > 1 else 0)
         rows = [damped[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
         assert rows == [32] * len(divided)  # those that map to the residual stream's width
+
+
+def test_damping_names_what_a_layer_has_where_nothing_matches():
+    layers = TiedLayers(build("gpt2"))
+    before = {n: p.detach().clone() for n, p in layers.parameters(0).items()}
+    with pytest.raises(InputError, match=r"layer 0 has none of o_proj\.\*: it has ln_1.weight, "):
+        damp_shared_layers(layers, ["o_proj.*"])
+    assert all(torch.equal(p, before[n]) for n, p in layers.parameters(0).items())
 
 
 def test_damping_refuses_a_model_whose_residual_stream_it_does_not_know():

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layer_tying.bandit import Bandit
+from layer_tying.damping import damp_shared_layers
 from layer_tying.dqn import DQN
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
@@ -28,6 +29,7 @@ __all__ = [
     "TiedLayers",
     "Tying",
     "average_gradients",
+    "damp_shared_layers",
     "export_compact",
     "export_expanded",
     "load",

@@ -8,7 +8,6 @@ then is storage made, for what is left. Layers that are tied from the start cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layer_tying.damping import damp_shared_layers
 from layer_tying.errors import InputError
 from layer_tying.surgery import TiedLayers
 from layer_tying.tying import Tying
@@ -181,9 +181,7 @@ def build_model(
         tying: of as many layers as the configuration has.
         device: where the weights shall lie.
         dtype: of the weights.
-        damped: divide what a layer adds to the residual stream by the number of its uses. The
-            outputs of n layers that share weights are alike at the start, and their sum grows with
-            n, where that of n independent ones grows with the square root of n.
+        damped: see ``damp_shared_layers``.
 
     Raises:
         InputError: if it shall be damped and is of a kind whose output projections are not known.
@@ -199,7 +197,7 @@ def build_model(
                 module._is_hf_initialized = True  # type: ignore[assignment]  # drawn once, by its owner
     model.init_weights()
     if damped:
-        _damp(layers, output_projections(config))
+        damp_shared_layers(layers, output_projections(config))
     for layer, owner in enumerate(tying.owners):
         for mine, its in zip(blocks[layer].buffers(), blocks[owner].buffers(), strict=True):
             mine.copy_(its)
@@ -222,13 +220,6 @@ def output_projections(config: PretrainedConfig) -> tuple[str, ...]:
             f"they are of {', '.join(OUTPUT_PROJECTIONS)}"
         )
     return OUTPUT_PROJECTIONS[config.model_type]
-
-
-def _damp(layers: TiedLayers, patterns: Sequence[str]) -> None:
-    for owner, users in layers.tying.groups.items():
-        for name, parameter in layers.parameters(owner).items():
-            if any(fnmatch(name, pattern) for pattern in patterns):
-                parameter.data /= len(users)
 
 
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
