@@ -3,8 +3,7 @@
 Every contestant trains the same transformer (12 layers x 64, rotary positions) for the same steps
 on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
 over much of a text, and many over little of it. Each contestant has the same learning rates to
-choose from, for each regime, on validation of the first text and for the first seed; test figures
-are only reported.
+choose from, on validation and for the first seed; test figures are only reported.
 
 Runs go through at most two processes of one thread each. A run whose row is there is left alone,
 one that was stopped begins anew. After every run benchmarks/results/quality.json and
@@ -41,7 +40,6 @@ from layer_tying.train import Interrupted, train
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
 SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
-SEARCHED = "pydocs"  # the text on which rates are chosen: all of us have it
 REGIMES = {  # characters of the training text; a run reads 410,000 tokens
     "one-pass": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
     "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
@@ -85,13 +83,11 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     try:
         first, *others = options.seeds
-        searched = list(product([SEARCHED], options.regimes, options.contestants))
-        train_all([(*each, rate, first) for each in searched for rate in options.rates], options)
-        rows = collect(options)
-        rates = {each[1:]: best_rate(rows, *each) for each in searched}
         settings = list(product(options.sets, options.regimes, options.contestants))
-        for seed in (first, *others):
-            train_all([(*each, rates[each[1:]], seed) for each in settings], options)
+        train_all([(*each, rate, first) for each in settings for rate in options.rates], options)
+        rows = collect(options)
+        rates = {each: best_rate(rows, *each) for each in settings}
+        train_all([(*each, rates[each], seed) for seed in others for each in settings], options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

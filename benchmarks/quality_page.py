@@ -84,9 +84,9 @@ def _introduction(results: Row) -> list[str]:
         f"{settings['nlayers']} layers x {settings['emsize']}, rotary positions, "
         f"{' or '.join(map(str, steps))} steps of {settings['batch_size']} x {settings['bptt']} "
         f"tokens, equal data, order and seeds. Each contestant had the same learning rates to "
-        f"choose from in each regime, on pydocs' validation split with the first seed. Written by "
-        f"`make bench-quality` from `benchmarks/results/quality.json`: {len(rows)} runs of one "
-        f"thread, {', '.join(machine)}, {', '.join(versions)}.",
+        f"choose from, on validation with the first seed. Written by `make bench-quality` from "
+        f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
+        f"{', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
         "with several seeds the mean and the standard deviation. `bandit-M` starts from "
         "`sandwich-M` with damped initial weights and keeps M independent layers; `bandit, priced` "
