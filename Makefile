@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 help:                 ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
 
-demo: $(VENV)/.run    ## train a GPT-2 conventionally and with the paper's agent, and report
+demo: $(VENV)/.run    ## train a GPT-2 conventionally, by the paper's agent and by ours; report
 	$(BIN)/layer-tying compare --exp demo --overwrite --max-steps 1200 --every 20 --eval-every 100 \
 		--eval-batches 20
 

@@ -41,6 +41,7 @@ def small(folder: Path, **changes: Any) -> TrainConfig:
     """24 steps of a model of three layers on the text in a folder, a decision every fifth."""
     settings: dict[str, Any] = {
         **{"dataset": str(folder / "text.txt"), "output_dir": str(folder / "runs")},
+        **{"policy": "dqn"},
         **{"nlayers": 3, "nhead": 2, "emsize": 16, "bptt": 16, "batch_size": 4},
         **{"max_steps": 24, "every": 5, "eval_every": 8, "save_every": 6, "log_every": 4},
         **{"eval_batch_size": 8, "eval_batches": 2, "precision": "fp32"},

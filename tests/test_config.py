@@ -52,10 +52,17 @@ def test_json_round_trip(values):
     assert {name: getattr(config, name) for name in values} == values
 
 
-def test_the_default_is_the_papers_agent_on_data_that_are_always_there():
+def test_the_default_is_our_agent_on_data_that_are_always_there():
     config = TrainConfig()
-    assert (config.policy, config.dataset, config.initial) == ("dqn", "pydocs", "all")
+    assert (config.policy, config.dataset, config.initial) == ("bandit", "pydocs", "sandwich")
+    assert (config.reward, config.settle, config.shared_init) == ("training-loss", 0.5, "damped")
     assert config.folder == Path("runs/run")
+
+
+def test_the_papers_agent_is_the_papers():
+    config = TrainConfig(policy="dqn")
+    assert (config.initial, config.reward) == ("all", "log-perplexity")
+    assert (config.settle, config.shared_init) == (0.0, "plain")
 
 
 REFUSED = [
@@ -90,10 +97,10 @@ REFUSED = [
     ({"policy": "none", "owners": "0,0"}, "--owners"),
     ({"owners": "0,0", "policy": "fixed", "source": "runs/a"}, "--from"),
     ({"policy": "recorded"}, "--from"),
-    ({"source": "runs/a"}, "dqn"),
+    ({"source": "runs/a"}, "bandit"),
     ({"budget_bytes": 0}, "0"),
     ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
-    ({"permute": 0}, "dqn"),
+    ({"permute": 0}, "bandit"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
     *[({"activate_at": 0.5, "policy": policy}, policy) for policy in ("none", "dqn", "random")],
@@ -160,7 +167,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
         **{"eval_every": 7, "eval_batches": 7, "seed": 1, "sharing": "frozen"},
-        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "damped"},
+        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain"},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
     }
     base = TrainConfig()

@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--policies",
         type=lambda text: text.split(","),
-        default=["none", "dqn"],
-        help=f"which, separated by commas, of {', '.join(POLICIES)} (default: none,dqn)",
+        default=["none", "dqn", "bandit"],
+        help=f"which, separated by commas, of {', '.join(POLICIES)} (default: none,dqn,bandit)",
     )
     _add_going_on(compare)
     compare.set_defaults(run=_compare)

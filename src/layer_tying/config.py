@@ -39,7 +39,9 @@ class TrainConfig:
         InputError: if a value is out of its range, or two values contradict each other.
     """
 
-    policy: str = _flag("dqn", "who decides which layers are tied", POLICIES)
+    policy: str = _flag(
+        "bandit", "who decides which layers are tied; dqn is the paper's agent", POLICIES
+    )
     groups: int | None = _flag(None, "number of groups of a static pattern that needs one")
     owners: str | None = _flag(None, "the pattern of --policy fixed, such as 0,0,2,2")
     source: str | None = _flag(

@@ -52,10 +52,12 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     return "bf16" if seconds[True] < 0.8 * seconds[False] else "fp32"
 
 
-def starting_point(config: TrainConfig, num_steps: int) -> tuple[Tying, Policy | None]:
+def starting_point(
+    config: TrainConfig, num_steps: int, allowed: Rules
+) -> tuple[Tying, Policy | None]:
     """The tying a run starts from, and the policy that changes it (None for a static pattern)."""
     if config.policy in DECIDING:
-        start = best_checkpoint(config).tying if config.task else _initial(config)
+        start = best_checkpoint(config).tying if config.task else _initial(config, allowed)
         if config.policy == "random":
             return start, RandomPolicy(config.seed)
         if config.policy == "bandit":
@@ -105,13 +107,13 @@ def check_budget(allowed: Rules, start: Tying, policy: Policy | None) -> None:
         allowed.check(tying)
 
 
-def _initial(config: TrainConfig) -> Tying:
+def _initial(config: TrainConfig, allowed: Rules) -> Tying:
     """What a deciding policy starts from: layers that start frozen are tied in name."""
     name = "all" if config.initial == "frozen" else config.initial
     num_groups = config.groups
-    if name == "sandwich" and num_groups is None:
-        usual = max(3, config.nlayers // 4)
-        num_groups = min(config.budget_layers or usual, config.nlayers)
+    if name == "sandwich" and num_groups is None:  # all that a budget allows, else a quarter
+        usual = min(max(3, config.nlayers // 4), config.nlayers)
+        num_groups = min(allowed.max_independent, config.nlayers) if config.has_budget else usual
     return pattern(name, config.nlayers, num_groups)
 
 

@@ -47,8 +47,8 @@ class Training:
         self.save_every = config.save_every or self.eval_every
         self.model_config = self.workload.model_config.to_dict()  # as those who use it want it
         torch.manual_seed(config.seed)  # the same weights on all ranks
-        start, policy = setup.starting_point(config, self.num_steps)
         self.rules = setup.rules(config, self.workload.model_config)
+        start, policy = setup.starting_point(config, self.num_steps, self.rules)
         setup.check_budget(self.rules, start, policy)
         in_memory = Tying.independent(config.nlayers) if config.freezes else start
         self.model = build_model(
