@@ -60,7 +60,7 @@ def test_the_published_command_line(here):
     given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
     given |= {"nlayers": 3, "lr": 0.001, "emsize": 16, "nhead": 2, "exp": "x", "epochs": 1}
     assert {key: config[key] for key in given} == given
-    assert config["policy"] == "dqn"
+    assert config["policy"] == "bandit"
     steps = json.loads((here / "runs/x/summary.json").read_text())["steps"]
     num_bytes = len((here / "text.txt").read_bytes())
     assert steps == pytest.approx(0.9 * num_bytes / 16 / 4, abs=2)
@@ -109,7 +109,7 @@ def test_help_names_every_setting(here):
 def test_compare(here):
     """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
     flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
-    none, dqn = here / "runs/c/none", here / "runs/c/dqn"
+    none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
     command = Command(*flags, cwd=here)
     wait_for(lambda: any(none.glob("checkpoints/step-*")))
     os.kill(command.process.pid, signal.SIGTERM)
@@ -118,15 +118,16 @@ def test_compare(here):
     assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
     assert not dqn.exists()
 
-    for ended in ([], [none, dqn]):
+    for ended in ([], [none, dqn, bandit]):
         before = [(run / "summary.json").stat().st_mtime_ns for run in ended]
         code, out, err = run_command(*flags, "--resume", cwd=here)
         assert code == 0, err
         assert [(run / "summary.json").stat().st_mtime_ns for run in ended] == before
         table = [line for line in out.splitlines() if line.startswith("|")]
-        assert len(table) == 4  # head, rule, two runs
+        assert len(table) == 5  # head, rule, three runs
         assert "conventional" in table[2]
         assert "dynamic" in table[3]
+        assert "bandit" in table[4]
     assert (here / "runs/c/report.html").exists()
     configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
     different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
