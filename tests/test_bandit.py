@@ -185,3 +185,9 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"settle is between 0 and 1, got 1\.5"):
         small(tmp_path, settle=1.5)
     assert replace(small(tmp_path, policy="bandit"), settle=0.25).settle == 0.25
+
+
+def test_an_agent_of_another_number_of_layers_is_refused():
+    policy = Bandit(6, num_decisions=5)
+    with pytest.raises(InputError, match=r"made for 6 layers, this model has 12: .*Bandit\(12"):
+        policy.act(pattern("sandwich", 12), Rules.free(12))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from layer_tying.errors import InputError
 from layer_tying.policies import LARGEST_REWARD, Action
 from layer_tying.tying import Rules, Tying
 
@@ -59,7 +60,16 @@ class Bandit:
         self._covariance = np.diag([0.0, *[WORTH**2] * (num_layers - 1), *np.square(UNKNOWN)])
 
     def act(self, state: Tying, rules: Rules) -> Action:
-        """Move a border (with a price also begin a group, or end one) where that promises most."""
+        """Move a border (with a price also begin a group, or end one) where that promises most.
+
+        Raises:
+            InputError: if the agent was made for another number of layers.
+        """
+        if state.num_layers != len(self.worth()):
+            raise InputError(
+                f"the agent was made for {len(self.worth())} layers, this model has "
+                f"{state.num_layers}: make it with Bandit({state.num_layers}, ...)"
+            )
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
         begins = set(state.independent_layers)
         self._made += 1
