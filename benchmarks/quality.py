@@ -219,12 +219,12 @@ def row_of(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     config = config_of(run, options)
     summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
     metrics = lines_of(config.folder / "metrics.jsonl")
-    scored = [line for line in metrics if "validation_perplexity" in line]
+    scored = [line["validation_perplexity"] for line in metrics if "validation_perplexity" in line]
     worths = [line["q"] for line in lines_of(config.folder / "tying.jsonl") if "q" in line]
     row = dict(zip(NAMES, run, strict=True)) | {name: summary[name] for name in FIGURES}
     row["hardware"] = summary["hardware"] | {"processor": processor()}
     row["steps"] = summary["steps"]
-    row["validation_perplexity_at_the_end"] = scored[-1]["validation_perplexity"]
+    row["rise_after_the_best"] = scored[-1] / min(scored)
     if config.policy == "bandit":
         row["worth"] = [each[-1] for each in worths[-1]]
     return row

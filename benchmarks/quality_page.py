@@ -88,7 +88,8 @@ def _introduction(results: Row) -> list[str]:
         f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
         f"{', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
-        "with several seeds the mean and the standard deviation. `bandit-M` starts from "
+        "with several seeds the mean and the standard deviation; the rise after it is that of the "
+        "validation perplexity from its best to the end of training. `bandit-M` starts from "
         "`sandwich-M` with damped initial weights and keeps M independent layers; `bandit, priced` "
         "begins and ends groups as it likes. The runs are short: they compare the contestants "
         "with each other, at this size and length. Where there is one seed only, a few per cent "
@@ -111,7 +112,7 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 def _table(groups: dict[str, list[Row]]) -> str:
     heads = (
-        *("contestant", "perplexity", "bits/byte", "validation, best", "at the end"),
+        *("contestant", "perplexity", "bits/byte", "validation", "rise after"),
         *("independent, mean", "end"),
         *("state, mean MB", "peak MB", "s/step", "decisions", "learning rate", "seeds"),
     )
@@ -127,7 +128,7 @@ def _cells(name: str, rows: Sequence[Row]) -> list[str]:
         f"{statistics.fmean(spread):.3f}{deviation}",
         f"{_mean(rows, 'bits_per_byte'):.3f}",
         f"{_mean(rows, 'validation_perplexity'):.3f}",
-        f"{_mean(rows, 'validation_perplexity_at_the_end'):.3f}",
+        f"{_mean(rows, 'rise_after_the_best'):.2f}",
         f"{_mean(rows, 'independent_layers_mean'):.2f}",
         f"{_mean(rows, 'independent_layers_end'):.1f}",
         f"{_mean(rows, 'model_state_bytes_mean') / 1e6:.2f}",
