@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from performance_tables import table
 from scipy.stats import spearmanr
 
@@ -20,15 +21,12 @@ Row = dict[str, Any]
 FIXED = {m: [f"{name}-{m}" for name in ("sequence", "cycle", "cycle-reverse")] for m in (2, 3, 4)}
 FIXED[3].append("sandwich-3")  # Subformer's; the others of its kind are ours
 FIXED[4].append("middle-loop-4")
-KINDS = {  # prefix of a contestant -> marker, colour (of Okabe and Ito)
-    "conventional": ("s", "#000000"),
-    "bandit": ("*", "#D55E00"),
-    "dqn": ("X", "#0072B2"),
-    "random": ("P", "#56B4E9"),
-    "sandwich-2, damped": ("D", "#009E73"),
-    "sandwich-3, damped": ("D", "#009E73"),
-    "sandwich-4, damped": ("D", "#009E73"),
-    "": ("o", "#999999"),
+KINDS = {  # prefix of a contestant -> name, marker, colour (of Okabe and Ito)
+    "conventional": ("conventional", "s", "#000000"),
+    "bandit": ("bandit", "*", "#D55E00"),
+    "dqn": ("the paper's agent", "X", "#0072B2"),
+    "random": ("random changes", "P", "#56B4E9"),
+    "": ("fixed patterns (hollow: damped)", "o", "#999999"),
 }
 
 
@@ -99,10 +97,12 @@ def _introduction(results: Row) -> list[str]:
 
 _PICTURES = (
     "![Perplexity against mean model state](images/quality-front.png)",
-    "Grey dots are fixed patterns; the line joins what nothing else beats in both.",
+    "Beside a star is the bandit's M, beside a square the layers of a conventional model. The line "
+    "joins what nothing else beats in both.",
     "![Perplexity by the number of independent layers](images/quality-patterns.png)",
     "The same perplexities by the mean number of independent layers: at equal size, what is "
-    "shared decides, and how it starts. The dashed line is conventional training.",
+    "shared decides, and how it starts. The best published fixed pattern of each size has its name "
+    "beside it; the dashed line is conventional training.",
 )
 
 
@@ -211,25 +211,29 @@ def draw_panels(
             axes.set_ylabel("perplexity, test")
         for axes in panels[len(settings) :]:
             axes.set_visible(False)
+        _legend(figure)
         figure.canvas.draw()
     return figure
 
 
 def _patterns(axes: Any, groups: dict[str, list[Row]]) -> None:
     """Perplexity by the mean number of independent layers, up to five of them."""
-    points = _points(groups, "independent_layers_mean")
     points = {
         name: point
-        for name, point in points.items()
+        for name, point in _points(groups, "independent_layers_mean").items()
         if point[0] <= 5 and not name.startswith("conventional")
     }
     _plot(axes, points)
     if "conventional" in groups:
         level = _mean(groups["conventional"], "test_perplexity")
         axes.axhline(level, color="#000000", linestyle="--", linewidth=1)
+    for m, names in FIXED.items():
+        rivals = {name: points[name] for name in names if name in points}
+        if rivals:
+            best = min(rivals, key=lambda name: rivals[name][1])
+            axes.text(m + 0.12, rivals[best][1], best, va="center", fontsize=7)
     axes.set_xlabel("independent layers, mean over training")
     axes.set_xlim(0.4, 5.2)
-    _label(axes, points)
 
 
 def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
@@ -241,36 +245,34 @@ def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
     front = {n: point for n, point in points.items() if not _is_beaten(point, points.values())}
     axes.plot(*zip(*sorted(front.values()), strict=True), color="#999999", linewidth=1, zorder=0)
     _plot(axes, points)
+    for name, (x, y) in points.items():
+        kind, _, layers = name.partition(", ")
+        if kind == "conventional":
+            axes.text(x, y, f"   {layers or '12 layers'}", va="center", fontsize=7)
     axes.set_xlabel("model state, mean over training, MB")
-    axes.margins(x=0.25)
-    _label(axes, {n: p for n, p in points.items() if n in front or _look(n) != KINDS[""]})
+    axes.margins(x=0.2)
 
 
 def _points(groups: dict[str, list[Row]], size: str) -> dict[str, tuple[float, float]]:
     return {n: (_mean(rows, size), _mean(rows, "test_perplexity")) for n, rows in groups.items()}
 
 
-def _look(name: str) -> tuple[str, str]:
-    return next(look for kind, look in KINDS.items() if name.startswith(kind))
-
-
 def _plot(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     for name, point in points.items():
-        marker, colour = _look(name)
-        axes.plot(*point, marker, color=colour, markersize=9 if marker == "*" else 6)
+        _, marker, colour = next(look for kind, look in KINDS.items() if name.startswith(kind))
+        filling = "white" if name.endswith("damped") else colour
+        size = 10 if marker == "*" else 6
+        axes.plot(*point, marker, color=colour, markerfacecolor=filling, markersize=size)
+        if name.startswith("bandit"):
+            axes.annotate(name[7:].strip(), point, (-9, -10), textcoords="offset points", fontsize=7)
 
 
-def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points, the bandit's on the left, moved up where they would overlap."""
-    low, high = axes.get_ylim()
-    taken: dict[tuple[bool, int], float] = {}
-    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        is_ours = name.startswith("bandit")
-        column = is_ours, round(x)
-        height = max(y, taken.get(column, low) + 0.05 * (high - low))
-        taken[column] = height
-        text, side = (f"{name}   ", "right") if is_ours else (f"   {name}", "left")
-        axes.text(x, height, text, ha=side, va="center", fontsize=7)
+def _legend(figure: Figure) -> None:
+    marks = [
+        Line2D([], [], marker=marker, color=colour, linestyle="none", label=name)
+        for name, marker, colour in KINDS.values()
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
 
 
 def _is_beaten(point: tuple[float, float], others: Any) -> bool:
