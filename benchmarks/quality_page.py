@@ -150,31 +150,46 @@ def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
     lines = []
     for text, regime in settings:
         groups = at_best_rate(rows, text, regime)
-        figure = {name: _mean(mine, "test_perplexity") for name, mine in groups.items()}
-        rivals = ("conventional", "random", "random, damped", "sandwich-3, damped")
-        cells = [f"{text}, {regime}", *(_of_best_fixed(figure, m) for m in FIXED)]
-        cells += [_ratio(figure, "bandit-3", rival) for rival in rivals]
+        cells = [f"{text}, {regime}", *(_of_best_fixed(groups, m) for m in FIXED)]
+        for rival in ("conventional", "random", "random, damped", "sandwich-3, damped"):
+            ratio = _ratio(groups, "bandit-3", rival)
+            cells.append(f"{ratio:.3f}" if ratio else "")
         lines.append([*cells, _rank_correlation(groups)])
     return (
-        "The bandit's perplexity as a share of its rivals' (below 1: it is better), beside the "
-        "published fixed patterns with as many independent layers, conventional training, random "
-        "changes that settle when it does, and its own start kept to the end. The rank "
+        "The bandit's perplexity as a share of its rivals' (below 1: it is better), over the seeds "
+        "that both have: of the published fixed pattern with as many independent layers that does "
+        "best beside it (in brackets, with the number of seeds), of conventional training, of "
+        "random changes that settle when it does, and of its own start kept to the end. The rank "
         "correlation is that of what its worths predict for the fixed patterns of neighbouring "
         "layers with the perplexities they had.\n\n" + table(heads, lines)
     )
 
 
-def _of_best_fixed(figure: dict[str, float], m: int) -> str:
-    rivals = [name for name in FIXED[m] if name in figure]
-    if not rivals:
+def _of_best_fixed(groups: dict[str, list[Row]], m: int) -> str:
+    ratios = {name: _ratio(groups, f"bandit-{m}", name) for name in FIXED[m]}
+    known = {name: ratio for name, ratio in ratios.items() if ratio}
+    if not known:
         return ""
-    best = min(rivals, key=lambda name: figure[name])
-    ratio = _ratio(figure, f"bandit-{m}", best)
-    return f"{ratio} ({best})" if ratio else ""
+    best = max(known, key=lambda name: known[name])
+    number = len(_common_seeds(groups, f"bandit-{m}", best))
+    return f"{known[best]:.3f} ({best}, {number})"
 
 
-def _ratio(figure: dict[str, float], one: str, other: str) -> str:
-    return f"{figure[one] / figure[other]:.3f}" if {one, other} <= figure.keys() else ""
+def _ratio(groups: dict[str, list[Row]], one: str, other: str) -> float | None:
+    """Of two contestants' mean test perplexities over the seeds that both have."""
+    seeds = _common_seeds(groups, one, other)
+    if not seeds:
+        return None
+    ours, theirs = (
+        statistics.fmean(r["test_perplexity"] for r in groups[name] if r["seed"] in seeds)
+        for name in (one, other)
+    )
+    return ours / theirs
+
+
+def _common_seeds(groups: dict[str, list[Row]], one: str, other: str) -> set[int]:
+    ours, theirs = ({r["seed"] for r in groups.get(name, [])} for name in (one, other))
+    return ours & theirs
 
 
 def _rank_correlation(groups: dict[str, list[Row]]) -> str:
@@ -264,7 +279,9 @@ def _plot(axes: Any, points: dict[str, tuple[float, float]]) -> None:
         size = 10 if marker == "*" else 6
         axes.plot(*point, marker, color=colour, markerfacecolor=filling, markersize=size)
         if name.startswith("bandit"):
-            axes.annotate(name[7:].strip(), point, (-9, -10), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                name[7:].strip(), point, (-9, -10), textcoords="offset points", fontsize=7
+            )
 
 
 def _legend(figure: Figure) -> None:

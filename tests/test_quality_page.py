@@ -59,7 +59,7 @@ def test_the_page_says_who_won_by_how_much(rows, tmp_path):
     write_page({"rows": rows, "settings": settings}, tmp_path)
     page = (tmp_path / "quality.md").read_text()
     assert "| conventional | 5.300 ± 0.141 | 2.500 | 5.000 | 1.25 | 12.00 |" in page
-    fixed, conventional, changing, start = "0.980 (sandwich-3)", "1.202", "0.700 |  ", "0.910"
+    fixed, conventional, changing, start = "0.980 (sandwich-3, 1)", "1.225", "0.700 |  ", "0.910"
     verdict = f"| pydocs, one-pass |  | {fixed} |  | {conventional} | {changing}| {start} |"
     # worths: sequence 0, sandwich-2 0.3, sandwich-3 and -4 0.4; perplexities 9, 8, 7.5, 7, 6.5, 6
     assert f"{verdict} 0.93 (6) |" in page
