@@ -145,7 +145,7 @@ def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
     heads = (
         *("text, regime", "M = 2: of the best fixed", "M = 3", "M = 4"),
         *("M = 3: of conventional", "of `random`", "of `random, damped`"),
-        *("of `sandwich-3, damped`", "rank correlation"),
+        *("of `sandwich-3, damped`", "rank correlation", "on the front"),
     )
     lines = []
     for text, regime in settings:
@@ -154,14 +154,17 @@ def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
         for rival in ("conventional", "random", "random, damped", "sandwich-3, damped"):
             ratio = _ratio(groups, "bandit-3", rival)
             cells.append(f"{ratio:.3f}" if ratio else "")
-        lines.append([*cells, _rank_correlation(groups)])
+        front = _front_of(_points(groups, "model_state_bytes_mean"))
+        ours = ", ".join(name for name in front if name.startswith("bandit")) or "none"
+        lines.append([*cells, _rank_correlation(groups), ours])
     return (
         "The bandit's perplexity as a share of its rivals' (below 1: it is better), over the seeds "
         "that both have: of the published fixed pattern with as many independent layers that does "
         "best beside it (in brackets, with the number of seeds), of conventional training, of "
         "random changes that settle when it does, and of its own start kept to the end. The rank "
         "correlation is that of what its worths predict for the fixed patterns of neighbouring "
-        "layers with the perplexities they had.\n\n" + table(heads, lines)
+        "layers with the perplexities they had; the front is that of perplexity and mean model "
+        "state, over all contestants.\n\n" + table(heads, lines)
     )
 
 
@@ -257,8 +260,12 @@ def _front(axes: Any, groups: dict[str, list[Row]]) -> None:
         name: (size / 1e6, figure)
         for name, (size, figure) in _points(groups, "model_state_bytes_mean").items()
     }
-    front = {n: point for n, point in points.items() if not _is_beaten(point, points.values())}
-    axes.plot(*zip(*sorted(front.values()), strict=True), color="#999999", linewidth=1, zorder=0)
+    axes.plot(
+        *zip(*sorted(_front_of(points).values()), strict=True),
+        color="#999999",
+        linewidth=1,
+        zorder=0,
+    )
     _plot(axes, points)
     for name, (x, y) in points.items():
         kind, _, layers = name.partition(", ")
@@ -292,5 +299,10 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
 
 
-def _is_beaten(point: tuple[float, float], others: Any) -> bool:
-    return any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in others)
+def _front_of(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """The points that no other is as good as in both."""
+    return {
+        name: point
+        for name, point in points.items()
+        if not any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in points.values())
+    }

@@ -62,7 +62,7 @@ def test_the_page_says_who_won_by_how_much(rows, tmp_path):
     fixed, conventional, changing, start = "0.980 (sandwich-3, 1)", "1.225", "0.700 |  ", "0.910"
     verdict = f"| pydocs, one-pass |  | {fixed} |  | {conventional} | {changing}| {start} |"
     # worths: sequence 0, sandwich-2 0.3, sandwich-3 and -4 0.4; perplexities 9, 8, 7.5, 7, 6.5, 6
-    assert f"{verdict} 0.93 (6) |" in page
+    assert f"{verdict} 0.93 (6) | bandit-3 |" in page
     assert page.index("| conventional |") < page.index("| sandwich-4 |") < page.index("| random |")
     for name in ("front", "patterns"):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
