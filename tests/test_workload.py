@@ -135,7 +135,7 @@ def test_a_run_keeps_its_tokenizer(data):
 def test_images_need_no_flag_but_the_family(tmp_path):
     config = TrainConfig(
         **{"family": "vit", "nlayers": 2, "emsize": 16, "max_steps": 60, "batch_size": 64},
-        **{"every": 20, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
+        **{"policy": "dqn", "every": 20, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
         **{"eval_every": 30, "save_every": 60},
         output_dir=str(tmp_path),
     )
