@@ -6,8 +6,8 @@ over much of a text, and many over little of it. Each contestant has the same le
 choose from, on validation and for the first seed; test figures are only reported.
 
 Runs go through at most two processes of one thread each. A run whose row is there is left alone,
-one that was stopped begins anew. After every run benchmarks/results/quality.json and
-docs/quality.md are written, so that what was done counts when it is stopped.
+one that was stopped begins anew. After every run benchmarks/results/quality.json is written, so
+that what was done counts when it is stopped; docs/quality.md and its pictures follow at the end.
 
     python benchmarks/quality.py                                 # all: some 4 hours of two threads
     python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
 from itertools import product
 from pathlib import Path
@@ -35,6 +35,7 @@ from quality_page import best_rate, write_page
 
 from layer_tying.config import TrainConfig
 from layer_tying.data import load_texts
+from layer_tying.errors import InputError
 from layer_tying.train import Interrupted, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -91,19 +92,25 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
+    except InputError as error:  # a text that is not there
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        is_committed = options.results.resolve() == RESULTS
+        folder = REPOSITORY / "docs" if is_committed else options.results.parent
+        write_page(results_of(rows_so_far(options)), folder)
     return 0
 
 
 def train_all(runs: Iterable[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, at most two at a time."""
     known = known_runs(rows_so_far(options))
+    left = [run for run in runs if run not in known and not has_ended(run, options)]
+    for text, regime, *_ in left:
+        cut(text, regime, options.folder)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
-        waiting: dict[Future[None], Run] = {}
-        for run in runs:
-            if run not in known and not has_ended(run, options):
-                cut(run[0], run[1], options.folder)
-                waiting[pool.submit(train_one, config_of(run, options))] = run
+        waiting = {pool.submit(train_one, config_of(run, options)): run for run in left}
         try:
             for done in as_completed(waiting):
                 done.result()
@@ -192,18 +199,20 @@ def cut(text: str, regime: str, folder: Path) -> None:
 
 
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of earlier results and of all runs done since, written with the page of them."""
+    """The rows of earlier results and of all runs done since, written down."""
     rows = rows_so_far(options)
     known = known_runs(rows)
     every = product(SETS, REGIMES, CONTESTANTS, options.rates, options.seeds)
     new = [run for run in every if run not in known and has_ended(run, options)]
     rows += [row_of(run, options) for run in new]
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    results = {"command": "python benchmarks/quality.py", "settings": SHAPE, "rows": rows}
-    options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    is_committed = options.results.resolve() == RESULTS
-    write_page(results, REPOSITORY / "docs" if is_committed else options.results.parent)
+    text = json.dumps(results_of(rows), indent=1) + "\n"
+    options.results.write_text(text, encoding="utf-8")
     return rows
+
+
+def results_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"command": "python benchmarks/quality.py", "settings": SHAPE, "rows": rows}
 
 
 FIGURES = (

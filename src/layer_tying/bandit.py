@@ -65,9 +65,10 @@ class Bandit:
         Raises:
             InputError: if the agent was made for another number of layers.
         """
-        if state.num_layers != len(self.worth()):
+        num_layers = len(self._mean) - 2
+        if state.num_layers != num_layers:
             raise InputError(
-                f"the agent was made for {len(self.worth())} layers, this model has "
+                f"the agent was made for {num_layers} layers, this model has "
                 f"{state.num_layers}: make it with Bandit({state.num_layers}, ...)"
             )
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
