@@ -2,8 +2,10 @@
 
 Every contestant trains the same transformer (12 layers x 64, rotary positions) for the same steps
 on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
-over much of a text, and many over little of it. Each contestant has the same learning rates to
-choose from, on validation and for the first seed; test figures are only reported.
+over much of a text, and many over little of it. A third one, `gpt2`, is a pass with the shape that
+the paper trains, twice as wide and ten times as long: it is run when it is asked for by name. Each
+contestant has the same learning rates to choose from, on validation and for the first seed; test
+figures are only reported.
 
 Runs go through at most two processes of one thread each. A run whose row is there is left alone,
 one that was stopped begins anew. After every run benchmarks/results/quality.json is written, so
@@ -11,6 +13,7 @@ that what was done counts when it is stopped; docs/quality.md and its pictures f
 
     python benchmarks/quality.py                                 # all: some 4 hours of two threads
     python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
+    python benchmarks/quality.py --sets pydocs --regimes gpt2 --rates 1e-3 2e-3 --contestants ...
 """
 
 from __future__ import annotations
@@ -41,9 +44,10 @@ from layer_tying.train import Interrupted, train
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
 SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
-REGIMES = {  # characters of the training text; a run reads 410,000 tokens
+REGIMES = {  # characters of the training text; a run reads 410,000 tokens, of `gpt2` 2 million
     "one-pass": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
     "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
+    "gpt2": {"pydocs": 2_000_000, "shake": 2_000_000, "wiki2": 8_000_000},
 }
 HELD_OUT = 48_000  # characters of validation, and of test
 RATES = (2e-3, 4e-3)
@@ -51,6 +55,12 @@ SHAPE: dict[str, Any] = {
     **{"family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "batch_size": 8},
     **{"max_steps": 800, "eval_every": 80, "eval_batches": 12, "precision": "bf16"},
     **{"compile": True, "every": 10, "save_every": 800, "log_every": 80},
+}
+OTHER_SHAPES: dict[str, dict[str, Any]] = {  # of a regime
+    "gpt2": {
+        **{"family": "gpt2", "nhead": 4, "emsize": 128, "bptt": 128, "batch_size": 16},
+        **{"max_steps": 1000, "eval_every": 100, "save_every": 1000, "log_every": 100},
+    }
 }
 DAMPED = {"shared_init": "damped"}
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -140,11 +150,13 @@ def report(run: Run, options: argparse.Namespace) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, values in (("sets", SETS), ("regimes", REGIMES), ("contestants", CONTESTANTS)):
+    usual = [regime for regime in REGIMES if regime not in OTHER_SHAPES]
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=usual)
+    for name, values in (("sets", SETS), ("contestants", CONTESTANTS)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=list(values))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from")
-    parser.add_argument("--max-steps", type=int, default=SHAPE["max_steps"], help="to try it out")
+    parser.add_argument("--max-steps", type=int, help="to try it out")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -154,17 +166,22 @@ def arguments() -> argparse.Namespace:
 def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     text, regime, contestant, rate, seed = run
     name = contestant.replace(", ", "-").replace(" ", "-")
-    settings = SHAPE | {
+    settings = shape_of(regime) | {
         "dataset": str(options.folder / "data" / f"{text}-{regime}"),
         "tokenizer": SETS[text],
         "lr": rate,
         "seed": seed,
-        "max_steps": options.max_steps,
         "epochs": 1000,  # as many as the steps take
         "exp": f"{text}-{regime}/{name}-{rate:g}-{seed}",
         "output_dir": str(options.folder),
     }
+    if options.max_steps:
+        settings["max_steps"] = options.max_steps
     return TrainConfig(**(settings | CONTESTANTS[contestant]))
+
+
+def shape_of(regime: str) -> dict[str, Any]:
+    return SHAPE | OTHER_SHAPES.get(regime, {})
 
 
 def has_ended(run: Run, options: argparse.Namespace) -> bool:
@@ -212,7 +229,8 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def results_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"command": "python benchmarks/quality.py", "settings": SHAPE, "rows": rows}
+    settings = {regime: shape_of(regime) for regime in dict.fromkeys(r["regime"] for r in rows)}
+    return {"command": "python benchmarks/quality.py", "settings": settings, "rows": rows}
 
 
 FIGURES = (

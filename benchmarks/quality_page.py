@@ -73,15 +73,17 @@ def write_page(results: Row, folder: Path) -> None:
 
 
 def _introduction(results: Row) -> list[str]:
-    rows, settings = results["rows"], results["settings"]
+    rows = results["rows"]
+    shapes: dict[str, list[str]] = {}  # what is trained -> in which regimes
+    for regime, settings in results["settings"].items():
+        steps = next(r["steps"] for r in rows if r["regime"] == regime)
+        shapes.setdefault(_shape(settings, steps), []).append(regime)
+    trained = "; ".join(f"{', '.join(regimes)}: {shape}" for shape, regimes in shapes.items())
     machine = sorted({r["hardware"]["processor"] for r in rows})
     versions = sorted({f"torch {r['versions']['torch']}" for r in rows})
-    steps = sorted({r["steps"] for r in rows})
     return [
-        f"Which way of choosing what is shared trains the best model of a given size: "
-        f"{settings['nlayers']} layers x {settings['emsize']}, rotary positions, "
-        f"{' or '.join(map(str, steps))} steps of {settings['batch_size']} x {settings['bptt']} "
-        f"tokens, equal data, order and seeds. Each contestant had the same learning rates to "
+        f"Which way of choosing what is shared trains the best model of a given size, with equal "
+        f"data, order and seeds ({trained}). Each contestant had the same learning rates to "
         f"choose from, on validation with the first seed. Written by `make bench-quality` from "
         f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
         f"{', '.join(machine)}, {', '.join(versions)}.",
@@ -93,6 +95,14 @@ def _introduction(results: Row) -> list[str]:
         "with each other, at this size and length. Where there is one seed only, a few per cent "
         "may be chance; what was tried on the way is in the [log](log.md).",
     ]
+
+
+def _shape(settings: Row, steps: int) -> str:
+    positions = {"llama": "rotary positions", "gpt2": "GPT-2's shape"}[settings["family"]]
+    return (
+        f"{settings['nlayers']} layers x {settings['emsize']}, {positions}, {steps} steps of "
+        f"{settings['batch_size']} x {settings['bptt']} tokens"
+    )
 
 
 _PICTURES = (

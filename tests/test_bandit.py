@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
+from tiny_models import gpt2
 
 from layer_tying import bandit
 from layer_tying.bandit import Bandit
+from layer_tying.dynamic import DynamicTying
 from layer_tying.errors import InputError
 from layer_tying.policies import pattern
 from layer_tying.train import train
@@ -189,5 +191,6 @@ def test_what_does_not_go_together_is_refused(tmp_path):
 
 def test_an_agent_of_another_number_of_layers_is_refused():
     policy = Bandit(6, num_decisions=5)
-    with pytest.raises(InputError, match=r"made for 6 layers, this model has 12: .*Bandit\(12"):
-        policy.act(pattern("sandwich", 12), Rules.free(12))
+    model = gpt2(4)
+    with pytest.raises(InputError, match=r"made for 6 layers, this model has 4: .*Bandit\(4"):
+        DynamicTying(model, None, policy=policy)

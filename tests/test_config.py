@@ -59,6 +59,11 @@ def test_the_default_is_our_agent_on_data_that_are_always_there():
     assert config.folder == Path("runs/run")
 
 
+@pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
+def test_nothing_is_damped_that_is_not_drawn_and_shared(settings):
+    assert TrainConfig(**settings).shared_init == "plain"
+
+
 def test_the_papers_agent_is_the_papers():
     config = TrainConfig(policy="dqn")
     assert (config.initial, config.reward) == ("all", "log-perplexity")
@@ -100,6 +105,9 @@ REFUSED = [
     ({"source": "runs/a"}, "bandit"),
     ({"budget_bytes": 0}, "0"),
     ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
+    ({"shared_init": "damped", "sharing": "frozen"}, "frozen"),
+    ({"shared_init": "damped", "policy": "dqn", "initial": "frozen"}, "frozen"),
+    ({"shared_init": "damped", "task": "sst2", "source": "a-run"}, "task"),
     ({"permute": 0}, "bandit"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
@@ -166,7 +174,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         **{"gradient": "owner", "moments": "fresh", "initial": "none", "reward": "perplexity"},
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
-        **{"eval_every": 7, "eval_batches": 7, "seed": 1, "sharing": "frozen"},
+        **{"eval_every": 7, "eval_batches": 7, "seed": 1},
         **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain"},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
     }
@@ -177,6 +185,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         "permute": ({"policy": "recorded", "source": "runs/a"}, 0),
         "activate_at": ({"policy": "all"}, 0.5),
         "layer_price": ({"policy": "bandit"}, 0.5),
+        "sharing": ({"shared_init": "plain"}, "frozen"),
         "task": ({"task": "rte", "source": "runs/a", "dataset": "glue"}, "cola"),
     }
     if each.name in pairs:

@@ -55,9 +55,11 @@ def test_the_first_seed_chooses_the_rate_on_validation(rows):
 
 
 def test_the_page_says_who_won_by_how_much(rows, tmp_path):
-    settings = {"nlayers": 12, "emsize": 64, "batch_size": 16, "bptt": 128}
-    write_page({"rows": rows, "settings": settings}, tmp_path)
+    shape = {"family": "llama", "nlayers": 12, "emsize": 64, "batch_size": 16, "bptt": 128}
+    write_page({"rows": rows, "settings": {"one-pass": shape}}, tmp_path)
     page = (tmp_path / "quality.md").read_text()
+    trained = "one-pass: 12 layers x 64, rotary positions, 400 steps of 16 x 128 tokens"
+    assert f"({trained})" in page
     assert "| conventional | 5.300 ± 0.141 | 2.500 | 5.000 | 1.25 | 12.00 |" in page
     fixed, conventional, changing, start = "0.980 (sandwich-3, 1)", "1.225", "0.700 |  ", "0.910"
     verdict = f"| pydocs, one-pass |  | {fixed} |  | {conventional} | {changing}| {start} |"

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from layer_tying.errors import InputError
 from layer_tying.policies import LARGEST_REWARD, Action
 from layer_tying.tying import Rules, Tying
 
@@ -49,6 +48,7 @@ class Bandit:
     def __init__(
         self, num_layers: int, *, num_decisions: int, price: float | None = None, seed: int = 0
     ) -> None:
+        self.num_layers = num_layers
         self.num_decisions = num_decisions
         self.price = price
         self._rng = np.random.default_rng(seed)
@@ -60,17 +60,7 @@ class Bandit:
         self._covariance = np.diag([0.0, *[WORTH**2] * (num_layers - 1), *np.square(UNKNOWN)])
 
     def act(self, state: Tying, rules: Rules) -> Action:
-        """Move a border (with a price also begin a group, or end one) where that promises most.
-
-        Raises:
-            InputError: if the agent was made for another number of layers.
-        """
-        num_layers = len(self._mean) - 2
-        if state.num_layers != num_layers:
-            raise InputError(
-                f"the agent was made for {num_layers} layers, this model has "
-                f"{state.num_layers}: make it with Bandit({state.num_layers}, ...)"
-            )
+        """Move a border (with a price also begin a group, or end one) where that promises most."""
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
         begins = set(state.independent_layers)
         self._made += 1

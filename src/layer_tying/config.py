@@ -160,6 +160,11 @@ class TrainConfig:
             raise InputError(
                 "a budget does not go with sharing or initial frozen: all layers are in memory"
             )
+        if self.shared_init == "damped" and (self.freezes or self.task):
+            raise InputError(
+                "shared_init damped is for weights that are drawn at the start and shared: "
+                "it does not go with frozen layers, nor with a task to fine-tune on"
+            )
         parts = Path(self.exp).parts  # none of "" and "."
         if not parts or Path(self.exp).is_absolute() or ".." in parts:
             raise InputError(f"exp {self.exp!r} is not the name of a folder inside output-dir")
@@ -176,7 +181,7 @@ class TrainConfig:
             if is_vit
             else "log-perplexity",
             "settle": 0.5 if is_bandit else 0.0,
-            "shared_init": "damped" if is_bandit else "plain",
+            "shared_init": "damped" if is_bandit and not (self.freezes or self.task) else "plain",
         }
         for name, value in usual.items():
             if getattr(self, name) in ("", None):

@@ -101,6 +101,7 @@ class DQN:
         epsilon_decay: float = 0.95,
         epsilon_min: float = 0.1,
     ) -> None:
+        self.num_layers = num_layers
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
             self.network = QNetwork(num_layers)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layer_tying import parallel
+from layer_tying.bandit import Bandit
 from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
 from layer_tying.find import LayerStack
@@ -122,10 +123,10 @@ class DynamicTying:
         kinds = self.layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self.policy = DQN(len(kinds), seed=seed) if policy is None else policy
-        if isinstance(policy, DQN) and policy.network.num_layers != len(kinds):
+        if isinstance(policy, (DQN, Bandit)) and policy.num_layers != len(kinds):
             raise InputError(
-                f"the agent was made for {policy.network.num_layers} layers, this model has "
-                f"{len(kinds)}: make it with DQN({len(kinds)})"
+                f"the agent was made for {policy.num_layers} layers, this model has "
+                f"{len(kinds)}: make it with {type(policy).__name__}({len(kinds)}, ...)"
             )
         self.every = every
         self.num_steps = 0
