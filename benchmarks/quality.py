@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 from paper import processor
-from quality_page import best_rate, write_page
+from quality_page import write_page
+from quality_rows import best_rate
 
 from layer_tying.config import TrainConfig
 from layer_tying.data import load_texts

@@ -8,7 +8,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from quality_page import at_best_rate, best_rate, write_page  # noqa: E402
+from quality_page import write_page  # noqa: E402
+from quality_rows import at_best_rate, best_rate  # noqa: E402
 
 
 def row(contestant, lr, seed, perplexities, size=3.0, **more):
@@ -44,6 +45,7 @@ def rows():
         row("sandwich-3", 2e-3, 0, (7.0, 6.5)),
         row("bandit-3", 2e-3, 0, (6.9, 6.37), worth=worth),
         row("sandwich-3, damped", 2e-3, 0, (7.0, 7.0)),
+        row("bandit, priced", 2e-3, 0, (8.0, 8.1), 5.0),
         row("random", 2e-3, 0, (9.0, 9.1)),
     ]
 
@@ -61,10 +63,15 @@ def test_the_page_says_who_won_by_how_much(rows, tmp_path):
     trained = "one-pass: 12 layers x 64, rotary positions, 400 steps of 16 x 128 tokens"
     assert f"({trained})" in page
     assert "| conventional | 5.300 ± 0.141 | 2.500 | 5.000 | 1.25 | 12.00 |" in page
-    fixed, conventional, changing, start = "0.980 (sandwich-3, 1)", "1.225", "0.700 |  ", "0.910"
-    verdict = f"| pydocs, one-pass |  | {fixed} |  | {conventional} | {changing}| {start} |"
-    # worths: sequence 0, sandwich-2 0.3, sandwich-3 and -4 0.4; perplexities 9, 8, 7.5, 7, 6.5, 6
-    assert f"{verdict} 0.93 (6) | bandit-3 |" in page
+    verdicts = [line.split(" | ")[1].removesuffix(" |") for line in page.splitlines()[8:21]]
+    assert verdicts == [
+        "pydocs, one-pass",
+        "---:",
+        *("", "0.980 (1) sandwich-3", ""),  # of the best fixed pattern of 2, 3 and 4 layers
+        *("**1.225** (1)", "0.980 (1)", "0.910 (1)", "0.700 (1)", "", ""),
+        # worths: sequence 0, sandwich-2 0.3, -3 and -4 0.4; perplexities 9, 8, 7.5, 7, 6.5, 6
+        *("0.93 (6)", "5.0, **no**"),
+    ]
     assert page.index("| conventional |") < page.index("| sandwich-4 |") < page.index("| random |")
     for name in ("front", "patterns"):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
