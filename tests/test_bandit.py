@@ -78,8 +78,7 @@ def play(policy: Bandit, worth: np.ndarray, start: Tying, rules: Rules, seed: in
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_the_layers_that_are_worth_it(seed):
-    worth = np.zeros(12)
-    worth[[1, 4, 8]] = 0.5, 0.25, 0.4
+    worth = np.array([0, 0.5, 0, 0.1, 0.25, 0.1, 0, 0.2, 0.4, 0.3, 0.1, 0])
     policy = Bandit(12, num_decisions=80, seed=seed)
     rules = Rules((0,) * 12, 4)
     states = play(policy, worth, pattern("sandwich", 12, 4), rules, seed)
@@ -167,7 +166,14 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
     for folder in (whole, stopped):
         folder.mkdir()
         write_text(folder)
-        options = {"policy": "bandit", "budget_layers": 3, "nlayers": 6, "settle": 0.4, "every": 2}
+        options = {
+            "policy": "bandit",
+            "budget_layers": 3,
+            "nlayers": 6,
+            "settle": 0.4,
+            "every": 2,
+            "seed": 1,
+        }
         options |= {"eval_every": 24, "save_every": 8}
         configs.append(small(folder, **options))
     train(configs[0])

@@ -81,7 +81,7 @@ class Bandit:
     ) -> set[int]:
         """The best single change to the layers that begin a group.
 
-        A border moves between its neighbours only: further off, one group's weights would be lost.
+        A border moves by one layer: layers that change hands lose what they have learned.
         """
         gains: list[tuple[float, set[int], set[int]]] = [(0.0, set(), set())]
         for border in sorted(begins & free):
@@ -89,8 +89,8 @@ class Bandit:
             upper = min((i for i in begins if i > border), default=len(worth))
             gains += [
                 (worth[to] - worth[border], {border}, {to})
-                for to in range(lower + 1, upper)
-                if to in free and to != border
+                for to in (border - 1, border + 1)
+                if lower < to < upper and to in free
             ]
             if self.price is not None:
                 gains.append((self.price - worth[border], {border}, set()))
