@@ -195,6 +195,32 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     assert replace(small(tmp_path, policy="bandit"), settle=0.25).settle == 0.25
 
 
+@pytest.mark.parametrize(
+    ("start", "price", "said"),
+    [
+        (Tying.all_tied(4), None, "there is none in 0 0 0 0: start from"),
+        (Tying.from_labels("abab"), None, "neighbouring layers: .* from 0 1 0 1;"),
+        (Tying.from_labels("abab"), 0.1, "neighbouring"),
+    ],
+)
+def test_a_start_that_it_can_do_nothing_with_is_refused(start, price, said):
+    model = gpt2(4)
+    with pytest.raises(InputError, match=said):
+        policy = Bandit(4, num_decisions=5, price=price)
+        DynamicTying(model, None, policy=policy, initial=start)
+    assert len({id(p) for p in model.parameters()}) == len(list(gpt2(4).parameters()))
+
+
+@pytest.mark.parametrize(
+    ("start", "price", "most"), [("aaaa", 0.1, 4), ("aaaa", None, 1), ("abcd", None, 4)]
+)
+def test_a_start_with_a_price_or_with_all_that_the_budget_allows_will_do(start, price, most):
+    policy = Bandit(4, num_decisions=5, price=price)
+    initial = Tying.from_labels(start)
+    tying = DynamicTying(gpt2(4), None, policy=policy, initial=initial, max_independent=most)
+    assert tying.tying == initial
+
+
 def test_an_agent_of_another_number_of_layers_is_refused():
     policy = Bandit(6, num_decisions=5)
     model = gpt2(4)

@@ -250,6 +250,18 @@ def test_a_saved_agent_goes_on_exactly():
             assert torch.equal(p, q)
 
 
+def test_a_saved_agent_still_knows_which_ties_are_forbidden():
+    """The reward of its last decision comes after it was loaded."""
+    rules = Rules((0, 1, 0, 1), 4)
+    agent, resumed = DQN(4, seed=3), DQN(4, seed=4)
+    action = agent.act(Tying.independent(4), rules)
+    resumed.load_state_dict(agent.state_dict())
+    for each in (agent, resumed):
+        each.observe(Tying.independent(4), action, -1.0, Tying.from_action(action))
+    for p, q in zip(resumed.network.parameters(), agent.network.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # A toy with a known optimum
 
 

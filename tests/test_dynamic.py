@@ -254,6 +254,20 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert tying.state_dict() == before
 
 
+def test_layers_that_come_prepared_are_of_this_model_and_optimizer():
+    model, other = gpt2(4), gpt2(4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    prepared = TiedLayers(model, optimizer)
+    assert DynamicTying(model, optimizer, layers=prepared).layers is prepared
+    with pytest.raises(InputError, match="of another model"):
+        DynamicTying(other, optimizer, layers=prepared)
+    for given, layers in ((optimizer, TiedLayers(other)), (None, prepared)):
+        with pytest.raises(InputError, match=r"prepared with [01] optimizer.* not the [01]"):
+            DynamicTying(layers.stack.model, given, layers=layers)
+    with pytest.raises(InputError, match=r"gradient='owner' comes too late: give it to TiedLayers"):
+        DynamicTying(model, optimizer, layers=prepared, gradient="owner")
+
+
 def test_a_policy_cannot_break_the_rules():
     tying = make(policy=Script((0, 1, 2, 3, 4, 5)), max_independent=3)
     with pytest.raises(InputError, match="over the budget of 3"):

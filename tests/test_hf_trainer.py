@@ -258,12 +258,15 @@ def test_a_pretrained_model_is_not_changed_before_the_first_decision(tmp_path):
     run.train()
 
 
-def test_the_reward_is_a_batchs_loss_and_draws_no_random_number_of_the_trainings(tmp_path):
+def test_the_reward_is_a_batchs_loss_and_draws_no_random_number_of_the_trainings(
+    tmp_path, monkeypatch
+):
     ours = callback()
     run = trainer(tmp_path, ours, make=gpt2, max_steps=1)
     run.train()
     loader = run.get_train_dataloader()
     state, model = torch.get_rng_state(), run.model.eval()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's too"))
     rewards = [_batch_reward(run.args, run.state, model, loader) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert rewards[0] == rewards[1] and not model.training

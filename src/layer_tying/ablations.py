@@ -8,6 +8,8 @@ moments, and is not trainable.
 
 from __future__ import annotations
 
+from torch.optim import Optimizer
+
 from layer_tying.find import LayerStack
 from layer_tying.surgery import Parameters, TiedLayers
 from layer_tying.tying import Rules, Tying
@@ -37,6 +39,11 @@ class FrozenLayers:
         self.stack: LayerStack = storage.stack
         self._copies = copies
         self._set_trainable(thawed=set(), frozen=self.frozen)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are kept in step."""
+        return self.storage.optimizers
 
     @property
     def frozen(self) -> set[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from layer_tying.errors import InputError
 from layer_tying.policies import LARGEST_REWARD, Action
 from layer_tying.tying import Rules, Tying
 
@@ -32,6 +33,8 @@ and the last layer of a transformer do work of their own (see docs/log.md)."""
 
 class Bandit:
     """Thompson sampling of the layers that are independent; the others use the layer before them.
+
+    It starts from groups of neighbouring layers, such as ``pattern("sandwich", num_layers, 3)``.
 
     Args:
         num_layers: L.
@@ -58,6 +61,25 @@ class Bandit:
         self._mean[1] += FIRST
         self._mean[num_layers - 1] += LAST
         self._covariance = np.diag([0.0, *[WORTH**2] * (num_layers - 1), *np.square(UNKNOWN)])
+
+    def check_start(self, start: Tying, rules: Rules) -> None:
+        """Raise an InputError if there is nothing to decide from a start, or it would be lost."""
+        for layer, owner in enumerate(start.owners):
+            before = rules.choices(layer)[-2:][0]  # the layer before it of its kind, or itself
+            if owner not in (layer, start.owners[before]):
+                raise InputError(
+                    f"the bandit shares between neighbouring layers: it cannot go on from {start}; "
+                    f"start from pattern('sandwich', {self.num_layers}, 3), say"
+                )
+        if (
+            self.price is None
+            and start == rules.tightest
+            and start.num_independent < min(rules.max_independent, self.num_layers)
+        ):
+            raise InputError(
+                f"the bandit moves the borders of groups, and there is none in {start}: "
+                f"start from pattern('sandwich', {self.num_layers}, 3), or give it a price"
+            )
 
     def act(self, state: Tying, rules: Rules) -> Action:
         """Move a border (with a price also begin a group, or end one) where that promises most."""

@@ -8,7 +8,7 @@ al. 2018) with branches of size 1, 2, ..., L. Matrices are [L, L] with -inf abov
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,12 +111,12 @@ class DQN:
         self.epsilon_decay = epsilon_decay
         self.epsilon_min = epsilon_min
         self._rng = np.random.default_rng(seed)
-        self._rules = Rules.free(num_layers)  # of the last decision
+        self._kinds = (0,) * num_layers  # of the last decision's rules
         self._statistics: dict[str, Any] = {}
 
     def act(self, state: Tying, rules: Rules) -> Action:
         """Epsilon-greedy for each layer: a random layer it may use, or the most valuable one."""
-        self._rules = rules
+        self._kinds = rules.kinds
         with torch.device("cpu"), torch.no_grad():
             q = self.network(state).numpy()
         action = []
@@ -148,7 +148,7 @@ class DQN:
     def _update(self, state: Tying, action: Action, reward: float, next_state: Tying) -> None:
         predicted = action_value(self.network(state), torch.tensor(action))
         with torch.no_grad():
-            q_next = _allowed(self.network(next_state), self._rules)
+            q_next = _allowed(self.network(next_state), self._kinds)
         target = td_target(reward, self.discount, q_next)
         loss = nn.functional.mse_loss(predicted, target)
         self.optimizer.zero_grad()
@@ -165,6 +165,7 @@ class DQN:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epsilon": self.epsilon,
+            "kinds": list(self._kinds),
             "rng": self._rng.bit_generator.state,
         }
         return copy.deepcopy(state)
@@ -174,10 +175,11 @@ class DQN:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would alias it
         self.epsilon = state["epsilon"]
+        self._kinds = tuple(state["kinds"])
         self._rng.bit_generator.state = state["rng"]
 
 
-def _allowed(q: Tensor, rules: Rules) -> Tensor:
+def _allowed(q: Tensor, kinds: Sequence[int]) -> Tensor:
     """Forbid ties between layers of different kinds: their values are never trained."""
-    kinds = torch.tensor(rules.kinds)
-    return torch.where(kinds[:, None] == kinds, q, -torch.inf)
+    kind = torch.tensor(kinds)
+    return torch.where(kind[:, None] == kind, q, -torch.inf)

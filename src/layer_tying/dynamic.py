@@ -33,6 +33,11 @@ class Layers(Protocol):
     rules: Rules
     stack: LayerStack
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are kept in step."""
+        ...
+
     def parameters(self, layer: int) -> Parameters:
         """The parameters that a layer uses, by their names within the layer."""
         ...
@@ -81,7 +86,8 @@ class DynamicTying:
             tied down, a ``Tying``, or ``"keep"`` for the tying the model comes with.
         max_independent: a hard limit on the number of independent layers.
         seed: of the default policy.
-        layers: see ``TiedLayers``; or the layers themselves, prepared by one.
+        layers: see ``TiedLayers``; or the layers themselves, prepared by one with this model and
+            optimizer: the options that follow are then given to it.
         untied, gradient, moments, inherit, by_kind: see ``TiedLayers``.
 
     Raises:
@@ -108,17 +114,12 @@ class DynamicTying:
         parallel.refuse_sharded(model.parameters())
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
+        options = {"untied": untied, "gradient": gradient, "moments": moments}
+        options |= {"inherit": inherit, "by_kind": by_kind}
         if layers is None or isinstance(layers, (str, Sequence)):
-            layers = TiedLayers(
-                model,
-                optimizer,
-                layers=layers,
-                untied=untied,
-                gradient=gradient,
-                moments=moments,
-                inherit=inherit,
-                by_kind=by_kind,
-            )
+            layers = TiedLayers(model, optimizer, layers=layers, **options)  # type: ignore[arg-type]
+        else:
+            _check_prepared(layers, model, optimizer, options)
         self.layers: Layers = layers
         kinds = self.layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
@@ -133,6 +134,8 @@ class DynamicTying:
         self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
         start = self._initial(initial)
         self.rules.check(start)
+        if isinstance(self.policy, Bandit):
+            self.policy.check_start(start, self.rules)
         self.layers.apply(start)
 
     def _initial(self, initial: str | Tying) -> Tying:
@@ -251,3 +254,26 @@ class DynamicTying:
             action, before = state["waiting"]
             self._waiting = Tying(tuple(before)), tuple(action), Tying.from_action(action)
         self.policy.load_state_dict(state["policy"])
+
+
+def _check_prepared(
+    layers: Layers,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    options: Mapping[str, object],
+) -> None:
+    """Layers that come prepared are of this model and optimizer, and have their options already."""
+    if layers.stack.model is not model:
+        raise InputError("the layers are of another model: prepare them with this one")
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    if [id(each) for each in optimizers] != [id(each) for each in layers.optimizers]:
+        raise InputError(
+            f"the layers were prepared with {len(layers.optimizers)} optimizer(s), and they are "
+            f"not the {len(optimizers)} given here: TiedLayers(model, optimizer) keeps its "
+            f"parameters in step"
+        )
+    usual: dict[str, object] = {"untied": (), "gradient": "sum", "moments": "copy"}
+    usual |= {"inherit": "first", "by_kind": False}
+    for name, value in options.items():
+        if value != usual[name]:
+            raise InputError(f"{name}={value!r} comes too late: give it to TiedLayers")

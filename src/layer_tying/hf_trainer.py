@@ -225,7 +225,8 @@ def _batch_reward(
     rng = np.random.default_rng([args.seed, state.global_step])
     indices = rng.integers(len(examples), size=args.train_batch_size)
     with torch.random.fork_rng(devices=[]):  # for collators that mask or augment
-        torch.manual_seed(int(rng.integers(2**32)))
+        seed = int(rng.integers(2**32))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         batch = loader.collate_fn([examples[int(i)] for i in indices])
     with evaluating(model):
         loss = model(**send_to_device(batch, args.device))["loss"]
