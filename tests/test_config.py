@@ -64,6 +64,11 @@ def test_nothing_is_damped_that_is_not_drawn_and_shared(settings):
     assert TrainConfig(**settings).shared_init == "plain"
 
 
+def test_weights_are_drawn_as_in_the_run_whose_tyings_are_used():
+    assert TrainConfig(policy="recorded", source="a-run").shared_init == ""
+    assert TrainConfig(policy="fixed", owners="0,0,0,3").shared_init == "plain"
+
+
 def test_the_papers_agent_is_the_papers():
     config = TrainConfig(policy="dqn")
     assert (config.initial, config.reward) == ("all", "log-perplexity")

@@ -98,7 +98,7 @@ class TrainConfig:
     shared_init: str = _flag(
         "",
         "initial weights of shared layers; damped: what a layer adds to the residual stream is "
-        "divided by the number of its uses (default: plain; bandit: damped)",
+        "divided by the number of its uses (default: plain; bandit: damped; --from: as there)",
         ("", "plain", "damped"),
     )
     settle: float | None = _flag(
@@ -181,11 +181,17 @@ class TrainConfig:
             if is_vit
             else "log-perplexity",
             "settle": 0.5 if is_bandit else 0.0,
-            "shared_init": "damped" if is_bandit and not (self.freezes or self.task) else "plain",
+            "shared_init": self._usual_shared_init(),
         }
         for name, value in usual.items():
             if getattr(self, name) in ("", None):
                 object.__setattr__(self, name, value)
+
+    def _usual_shared_init(self) -> str:
+        if self.policy in ("fixed", "recorded") and self.source and not self.task:
+            return ""  # as the run has it whose tyings are used
+        draws_shared = not (self.freezes or self.task)
+        return "damped" if self.policy == "bandit" and draws_shared else "plain"
 
     def _check_ranges(self) -> None:
         at_least = {

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from layer_tying.export import DTYPES
 from layer_tying.find import find_layers
 from layer_tying.models import lay_out
 from layer_tying.policies import Policy, RandomPolicy, Schedule, pattern
-from layer_tying.source import best_checkpoint, final_tying, recorded_tyings
+from layer_tying.source import best_checkpoint, final_tying, recorded_tyings, settings_behind
 from layer_tying.tying import Rules, Tying
 
 
@@ -70,6 +71,16 @@ def starting_point(
     if config.activate_at is None:
         return tying, None
     return Tying.independent(config.nlayers), _late(config, tying, num_steps)
+
+
+def sharing(config: TrainConfig) -> tuple[bool, Literal["first", "majority"]]:
+    """Whether shared layers start damped, and which weights a group goes on with.
+
+    A run that uses another's tyings does both as that one did.
+    """
+    behind = settings_behind(config)
+    shared_init = next((each["shared_init"] for each in behind if each.get("shared_init")), "plain")
+    return shared_init == "damped", "majority" if behind[-1]["policy"] == "bandit" else "first"
 
 
 def settles_at(config: TrainConfig, num_steps: int) -> int:

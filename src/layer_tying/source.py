@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ def final_tying(config: TrainConfig) -> Tying:
 def recorded_tyings(config: TrainConfig) -> list[Tying]:
     """The tying that the other run started from, then one for each of its decisions.
 
-    With ``config.permute`` they are of permuted layers: layer ``places[i]`` takes layer i's place.
+    With ``config.permute`` they are of permuted layers: layer i has moved to ``places[i]``.
 
     Raises:
         InputError: if there is no such run, its depth is another, it decided at other steps or not
@@ -44,6 +47,14 @@ def recorded_tyings(config: TrainConfig) -> list[Tying]:
         return tyings
     places = np.random.default_rng(config.permute).permutation(run.num_layers).tolist()
     return [tying.permuted(places) for tying in tyings]
+
+
+def settings_behind(config: TrainConfig) -> list[Mapping[str, Any]]:
+    """The settings of a run, of the run whose tyings it uses, of the run behind that, and so on."""
+    behind: list[Mapping[str, Any]] = [asdict(config)]
+    while behind[-1]["policy"] in ("fixed", "recorded") and behind[-1]["source"]:
+        behind.append(read_run(Path(behind[-1]["source"])).config)
+    return behind
 
 
 def best_checkpoint(config: TrainConfig) -> Checkpoint:

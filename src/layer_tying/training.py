@@ -50,12 +50,13 @@ class Training:
         self.rules = setup.rules(config, self.workload.model_config)
         start, policy = setup.starting_point(config, self.num_steps, self.rules)
         setup.check_budget(self.rules, start, policy)
+        damped, inherit = setup.sharing(config)
         in_memory = Tying.independent(config.nlayers) if config.freezes else start
         self.model = build_model(
             self.workload.model_config,
             in_memory,
             device=accelerator.device,
-            damped=config.shared_init == "damped",
+            damped=damped,
         )
         self.model.config.use_cache = False
         setup.choose_attention(self.model, config)
@@ -69,7 +70,7 @@ class Training:
             self.optimizer,
             gradient=config.gradient,  # type: ignore[arg-type]
             moments=config.moments,  # type: ignore[arg-type]
-            inherit="majority" if config.policy == "bandit" else "first",
+            inherit=inherit,
         )
         self.layers: Layers = self.storage
         if config.freezes:
