@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
@@ -16,6 +17,7 @@ from layer_tying.dynamic import DynamicTying
 from layer_tying.errors import InputError
 from layer_tying.policies import pattern
 from layer_tying.train import train
+from layer_tying.training import Training
 from layer_tying.tying import Rules, Tying
 
 
@@ -174,7 +176,7 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
             "every": 2,
             "seed": 1,
         }
-        options |= {"eval_every": 24, "save_every": 8}
+        options |= {"eval_every": 24, "save_every": 8, "log_every": 1}
         configs.append(small(folder, **options))
     train(configs[0])
     crashed_at(configs[1], 11)
@@ -185,6 +187,30 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
     assert [line["step"] for line in lines] == [0, *range(1, 16, 2)]  # of 24: the last 40 % without
     assert len({tuple(line["state"]) for line in lines}) > 1
     assert all(len(set(line["state"])) <= 3 for line in lines)
+    rewards = [line["previous_reward"] for line in lines[1:]]
+    losses = [line["loss"] for line in lines_of(configs[0].folder / "metrics.jsonl")]
+    assert rewards[0] is None  # no decision was made before
+    assert rewards[1:] == pytest.approx(
+        [-(losses[i] + losses[i + 1]) / 2 for i in range(1, 14, 2)], rel=1e-4
+    )
+
+
+def test_a_loss_that_is_not_finite_is_an_event(tmp_path, monkeypatch):
+    write_text(tmp_path)
+    run = Training.train_step
+    nan = torch.tensor(float("nan"))
+
+    def diverge(self):
+        run(self)
+        self.undecided[-1] = nan if self.step > 8 else self.undecided[-1]
+        return self.undecided[-1]
+
+    monkeypatch.setattr(Training, "train_step", diverge)
+    config = small(tmp_path, policy="bandit", nlayers=6, settle=0.4, every=2)
+    train(config)
+    lines = lines_of(config.folder / "tying.jsonl")
+    events = {line["step"]: line["event"] for line in lines if "event" in line}
+    assert events == dict.fromkeys((9, 11, 13, 15), "the reward was nan: nothing learned")
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

@@ -156,6 +156,11 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
     return line
 
 
+def late_reward(reward: float | None, event: str | None) -> dict[str, Any]:
+    """Added to a decision's line where the reward of the one before it has come only now."""
+    return {"previous_reward": reward} | ({"event": event} if event else {})
+
+
 def environment(device: torch.device) -> dict[str, dict[str, Any]]:
     """The versions and the hardware that a figure was measured with."""
     is_cuda = device.type == "cuda"

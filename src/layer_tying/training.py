@@ -22,7 +22,7 @@ from layer_tying.evaluate import evaluating, perplexity
 from layer_tying.memory import ModelState, model_state, peak_bytes
 from layer_tying.models import build_model
 from layer_tying.policies import Policy
-from layer_tying.runlog import RunLog, decision_line
+from layer_tying.runlog import RunLog, decision_line, late_reward
 from layer_tying.source import best_checkpoint, load_backbone
 from layer_tying.surgery import TiedLayers
 from layer_tying.tally import Stopwatch, Tally
@@ -138,15 +138,16 @@ class Training:
             return
         self.clock.lap("train")
         index = self.tying.num_steps // self.config.every
-        reward = self._reward
+        reward, of_the_last = self._reward, {}
         if self.config.reward == "training-loss":  # the last decision's, of what was trained since
-            self.tying.learn(-float(torch.stack(self.undecided).mean()))
-            reward = None
+            late = self.tying.learn(-float(torch.stack(self.undecided).mean()))
+            reward, of_the_last = None, late_reward(*late)
         self.undecided.clear()
         decision = self.tying.step(reward)
         assert decision is not None
         spacing = max(1, self.num_steps // self.config.every // LOGGED_Q_VALUES)
-        self.log.decision(**decision_line(decision, with_q=index % spacing == 0))
+        line = decision_line(decision, with_q=index % spacing == 0)
+        self.log.decision(**line | of_the_last)
         self.state = None
         self.clock.lap("decide")
 
