@@ -17,7 +17,14 @@ from matplotlib.image import imread
 
 from layer_tying import report
 from layer_tying.errors import InputError
-from layer_tying.report import comparison_table, figures, read_run, tables, write_report
+from layer_tying.report import (
+    comparison_table,
+    figures,
+    figures_agent,
+    read_run,
+    tables,
+    write_report,
+)
 from layer_tying.report.runs import curve, group_runs, numbers, spread
 
 LAYER_PARAMETERS, OTHER_PARAMETERS = 1000, 500
@@ -355,12 +362,28 @@ def test_independence_is_the_share_of_decisions_and_of_seeds(tmp_path):
 def test_q_is_drawn_lower_triangular_with_its_greedy_choices(tmp_path):
     run = read_run(write_run(tmp_path / "run", num_layers=5))
     first = next(line["q"] for line in run.decisions if "q" in line)
-    axes = figures.draw_q(run).axes[0]
+    axes = figures_agent.draw_q(run).axes[0]
     matrix = np.ma.filled(axes.images[0].get_array(), np.nan)
     assert np.isnan(matrix[np.triu_indices(5, 1)]).all()
     assert [matrix[i, : i + 1].tolist() for i in range(5)] == first
     greedy = axes.collections[0].get_offsets()
     assert greedy.tolist() == [[np.argmax(row), i] for i, row in enumerate(first)]
+
+
+def test_our_agents_worths_are_drawn_and_come_first(tmp_path):
+    papers, ours = (write_run(tmp_path / policy, policy) for policy in ("dqn", "bandit"))
+    worths = [0.0, 0.5, 0.02, -0.01, 0.0, 0.03, 0.0, 0.1]
+    rows = [[0.0] * i + [worth] for i, worth in enumerate(worths)]
+    start = {"step": 0, "state": [0, 1, 1, 1, 1, 1, 1, 7]}
+    write_lines(ours / "tying.jsonl", [start, {"step": 1, "state": start["state"], "q": rows}])
+    (line,) = figures_agent.draw_worths(read_run(ours)).axes[0].lines
+    assert line.get_xdata().tolist() == list(range(1, 8))
+    assert line.get_ydata().tolist() == worths[1:]
+    page, *pictures = write_report([papers, ours], tmp_path / "report.html")
+    assert {path.stem for path in pictures} >= {"worths", "q_values"}
+    text = "".join(Page(page.read_text("utf-8")).text)
+    assert "validation perplexity, bandit" in text
+    assert text.index("What each layer is worth") < text.index("The Q-network’s matrix")
 
 
 def test_memory_bars_are_means_and_the_largest_moment(tmp_path):

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from layer_tying.errors import InputError
-from layer_tying.report import figures, page, tables
+from layer_tying.report import figures, figures_agent, page, tables
 from layer_tying.report.formats import format_number, format_percent, format_times
 from layer_tying.report.runs import (
     REPETITION_KEYS,
@@ -91,7 +91,7 @@ def _sections(groups: list[RunGroup], show: Show) -> list[str]:
         "Over training": [page.grid(_curves(groups, show))],
         "Who owns whom": _ownership(groups, show),
         "How often each layer was independent": _independence(groups, show),
-        "What the agent expects": _q_values(groups, show),
+        "What the agent expects": _expectations(groups, show),
         "Memory": _memory(groups, show),
         "Beside the paper": _beside_the_paper(groups),
         "Runs": [page.table(*tables.run_list(groups), kind="left"), _configuration(groups)],
@@ -120,9 +120,10 @@ def _lead(groups: list[RunGroup]) -> str:
 
 
 def _tiles(groups: list[RunGroup]) -> str:
-    """The outcome in large numbers: the paper's agent, else the first run not conventional."""
+    """The outcome in large numbers: an agent's, else that of the first run not conventional."""
     deciding = [group for group in groups if group.runs[0].policy != "none"] or groups
-    ours = next((group for group in deciding if group.runs[0].policy == "dqn"), deciding[0])
+    by_policy = {group.runs[0].policy: group for group in reversed(deciding)}
+    ours = by_policy.get("bandit") or by_policy.get("dqn") or deciding[0]
     baseline = conventional_for(ours, groups)
 
     def mean(key: str, group: RunGroup = ours) -> float:
@@ -216,19 +217,29 @@ def _independence(groups: list[RunGroup], show: Show) -> list[str]:
     ]
 
 
-def _q_values(groups: list[RunGroup], show: Show) -> list[str]:
-    """The Q-network of the first run that recorded it."""
-    runs = [(group, run) for group in groups for run in group.runs]
-    for group, run in runs:
-        if any(line.get("q") for line in run.decisions):
-            caption = (
-                f"{group.label}, seed {run.config.get('seed')}. The Q-network’s matrix: row i "
-                "holds the expected return of each choice of layer i; darker is better, on a scale "
-                "of its own. A dot marks the best choice; on the diagonal the layer "
-                "is independent."
-            )
-            return [show("q_values", figures.draw_q(run), caption)]
-    return []
+def _expectations(groups: list[RunGroup], show: Show) -> list[str]:
+    """Those of the first run of each agent that recorded them."""
+    recorded = [
+        (f"{group.label}, seed {run.config.get('seed')}.", run)
+        for group in groups
+        for run in group.runs
+        if any(line.get("q") for line in run.decisions)
+    ]
+    blocks = []
+    for name, run in [each for each in recorded if each[1].policy == "bandit"][:1]:
+        caption = (
+            f"{name} What each layer is worth, in nats, as the first of its group: so much higher "
+            "would the loss be if it used the weights of the layer before it."
+        )
+        blocks.append(show("worths", figures_agent.draw_worths(run), caption))
+    for name, run in [each for each in recorded if each[1].policy != "bandit"][:1]:
+        caption = (
+            f"{name} The Q-network’s matrix: row i holds the expected return of each choice of "
+            "layer i; darker is better, on a scale of its own. A dot marks the best choice; on the "
+            "diagonal the layer is independent."
+        )
+        blocks.append(show("q_values", figures_agent.draw_q(run), caption))
+    return blocks
 
 
 def _memory(groups: list[RunGroup], show: Show) -> list[str]:

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from layer_tying.report.formats import format_bytes, format_number, format_scaled
-from layer_tying.report.runs import Run, RunGroup, as_number, curve
+from layer_tying.report.runs import Run, RunGroup, curve
 
 INK, MUTED, GRID, PAPER = "#1b1f25", "#69717c", "#dfe2e7", "#fefefe"
 CONVENTIONAL, DYNAMIC = "#8a919b", "#1f77c4"
@@ -113,10 +113,10 @@ def draw_tying(run: Run, colours: np.ndarray) -> Figure:
     extent = (-0.5 * step, columns[-1] + 0.5 * step, num_layers - 0.5, -0.5)
     axes.imshow(colours[owners], aspect="auto", interpolation="none", extent=extent)
     _stroke_independence(axes, owners, colours, columns - 0.5 * step, step)
-    _layer_axis(axes.yaxis, num_layers)
+    layer_axis(axes.yaxis, num_layers)
     axes.set(xlabel=f"decision{_every(run, step)}", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    _bare(axes)
+    bare(axes)
     _owner_legend(legend, owners, colours, room=0.13 / figure.get_figheight())
     return figure
 
@@ -139,9 +139,9 @@ def draw_final_tyings(groups: Sequence[RunGroup], colours: np.ndarray) -> Figure
             fontweight="bold" if owner == layer else "normal", alpha=1 if owner == layer else 0.8,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], color=INK)
-    _layer_axis(axes.xaxis, num_layers)
+    layer_axis(axes.xaxis, num_layers)
     axes.set_xlabel("layer")
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -160,47 +160,18 @@ def draw_independence(group: RunGroup) -> Figure:
     image = axes.imshow(
         share, aspect="auto", interpolation="none", extent=extent, cmap=SHARES, vmin=0, vmax=1
     )
-    _layer_axis(axes.yaxis, num_layers)
+    layer_axis(axes.yaxis, num_layers)
     axes.set(xlabel=f"decision{_every(group.runs[0])}", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    _bare(axes)
+    bare(axes)
     layers = np.arange(num_layers)
     total.barh(layers, independent.mean(axis=1), height=0.7, color=SHARES(0.6))
     total.plot(1 / (layers + 1), layers, "|", color=INK, markersize=6, markeredgewidth=1.2)
     total.set(xlim=(0, 1.02), ylim=(num_layers - 0.5, -0.5), xlabel="whole run", yticks=[])
     total.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
-    _bare(total)
+    bare(total)
     figure.colorbar(image, cax=legend, format=_percent, ticks=[0, 0.25, 0.5, 0.75, 1])
-    _bare(legend)
-    return figure
-
-
-def draw_q(run: Run) -> Figure:
-    """The Q-network's matrix at the first, a middle and the last decision that recorded it."""
-    recorded = [index for index, line in enumerate(run.decisions) if line.get("q")]
-    chosen = sorted({recorded[0], recorded[len(recorded) // 2], recorded[-1]})
-    figure = Figure(figsize=(1.2 + 2.8 * len(chosen), 3.5), layout="constrained")
-    for column, index in enumerate(chosen):
-        matrix = _lower_triangle(run.decisions[index]["q"])
-        axes = figure.add_subplot(1, len(chosen), column + 1)
-        image = axes.imshow(matrix, interpolation="none", cmap=SHARES)
-        greedy = np.nanargmax(np.where(np.isnan(matrix), -np.inf, matrix), axis=1)
-        axes.scatter(
-            greedy, range(len(matrix)), s=min(30, 900 / len(matrix) ** 1.5),
-            facecolor="#ffffff", edgecolor="#000000", linewidth=0.6,
-        )  # fmt: skip
-        _layer_axis(axes.yaxis, len(matrix))
-        _layer_axis(axes.xaxis, len(matrix))
-        step = format_number(as_number(run.decisions[index].get("step")), digits=0)
-        axes.set(title=f"decision {index} (step {step})", xlabel="uses the weights of layer")
-        if column == 0:
-            axes.set_ylabel("layer")
-        _bare(axes)
-        bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=30)
-        low, high = np.nanmin(matrix), np.nanmax(matrix)
-        ends = (low, (low + high) / 2, high)
-        bar.set_ticks(ends, labels=[format_number(value) for value in ends])
-        _bare(bar.ax)
+    bare(legend)
     return figure
 
 
@@ -255,7 +226,7 @@ def draw_memory(groups: Sequence[RunGroup]) -> Figure:
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.margins(x=0.16)
     axes.set(xlim=(0, None), xticks=[])
-    _bare(axes)
+    bare(axes)
     figure.legend(
         handles=[Patch(color=colour, label=f"{part}s") for part, colour in COMPONENTS.items()],
         loc="outside upper left", ncols=3, handlelength=1, handleheight=1, labelcolor=INK,
@@ -268,11 +239,12 @@ def _row_height(num_layers: int) -> float:
     return 0.25 if num_layers <= 16 else 0.115
 
 
-def _layer_axis(axis: Any, num_layers: int) -> None:
+def layer_axis(axis: Any, num_layers: int) -> None:
+    """A tick for every layer, or for every fourth where there are many."""
     axis.set_ticks(range(0, num_layers, 1 if num_layers <= 16 else 4))
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     """No ticks and no frame: the picture's own edges are enough."""
     axes.tick_params(which="both", length=0)
     for spine in axes.spines.values():
@@ -340,7 +312,7 @@ def _owner_legend(axes: Axes, owners: np.ndarray, colours: np.ndarray, room: flo
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.yaxis.tick_right()
     axes.set_title("owner", color=MUTED, loc="right")
-    _bare(axes)
+    bare(axes)
 
 
 def _final_rows(group: RunGroup) -> list[tuple[str, np.ndarray]]:
@@ -357,14 +329,6 @@ def _independent(group: RunGroup) -> np.ndarray:
     num_decisions = min(len(run.states) for run in group.runs) - 1
     layers = np.arange(group.runs[0].num_layers)
     return np.mean([run.states[1 : num_decisions + 1] == layers for run in group.runs], axis=0).T
-
-
-def _lower_triangle(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Ragged rows as a square matrix, NaN above the diagonal and where a value is null."""
-    matrix = np.full((len(rows), len(rows)), np.nan)
-    for index, row in enumerate(rows):
-        matrix[index, : len(row)] = [as_number(value) for value in row]
-    return matrix
 
 
 def _value_axis(axes: Axes, key: str, low: float, high: float) -> None:
