@@ -62,7 +62,7 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
         "*Independent* is the number of independent layers, *trainable* that of trainable "
         "parameters: mean over training, and at the end. *State* is the peak of parameters, "
         "gradients and moments. *Of conv.* is the share of the conventional run's on the same "
-        "data: below 100 % is less.",
+        "data: below 100 % is less. What a step takes is measured in [performance](performance.md).",
     ]
 
 
@@ -106,8 +106,6 @@ COSTS: tuple[Column, ...] = (
     ("trainable, end", _scaled("trainable_parameters_end", 1e6, "M")),
     ("state", _scaled("model_state_bytes_peak", 1e6, "MB")),
     ("state of conv.", _share("model_state_bytes_peak")),
-    ("s/step", _number("seconds_per_step", 3)),
-    ("s/step of conv.", _share("seconds_per_step")),
 )
 # fmt: on
 PERPLEXITY: tuple[Column, ...] = (

@@ -79,7 +79,7 @@ _PICTURES = (
     "joins what nothing else beats in both.",
     "![Perplexity by the number of independent layers](images/quality-patterns.png)",
     "The same perplexities by the mean number of independent layers: at equal size, what is "
-    "shared decides, and how it starts. The best published fixed pattern of each size has its name "
+    "shared decides, and how it starts. The best fixed pattern of each size has its name "
     "beside it; the dashed line is conventional training.",
 )
 
@@ -87,7 +87,8 @@ _PICTURES = (
 _VERDICTS = (
     "The bandit's perplexity as a share of its rivals' (below 1: it is better; **bold**: the aim "
     "is missed), over the seeds that both have, their number in brackets. The best fixed pattern "
-    "is the published one, of as many independent layers, that does best beside the bandit."
+    "is the one of as many independent layers, drawn as transformers draws weights, that does best "
+    "beside the bandit."
 )
 _AIMS = (
     "The aims: at most 1.00 of the best fixed pattern, of the start that is kept to the end and of "

@@ -13,8 +13,8 @@ from layer_tying.policies import pattern
 
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # contestant -> its runs at its best learning rate
-FIXED = {m: [f"{name}-{m}" for name in ("sequence", "cycle", "cycle-reverse")] for m in (2, 3, 4)}
-FIXED[3].append("sandwich-3")  # Subformer's; the others of its kind are ours
+SCHEMES = ("sequence", "cycle", "cycle-reverse", "sandwich")
+FIXED = {m: [f"{name}-{m}" for name in SCHEMES] for m in (2, 3, 4)}
 FIXED[4].append("middle-loop-4")
 
 

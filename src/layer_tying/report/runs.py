@@ -266,8 +266,6 @@ def _numbers_so_far(run: Run) -> dict[str, float]:
         "steps": last("step"),
         "tokens": last("tokens"),
         "validation_perplexity": last("validation_perplexity"),
-        "bits_per_byte": last("validation_bits_per_byte"),
-        "accuracy": last("validation_accuracy"),
         "num_layers": run.num_layers,
         "independent_layers_mean": mean("independent_layers"),
         "independent_layers_end": last("independent_layers"),

@@ -69,8 +69,8 @@ def _megabytes(value: float, sd: float = math.nan) -> str:
 OUTCOME = (
     Column("perplexity", "validation", "val. ppl", "validation_perplexity", format_number, 0),
     Column("perplexity", "test", "test ppl", "test_perplexity", format_number, 10),
-    Column("", "bits per byte", "bits/byte", "bits_per_byte", _three_digits, 6),
-    Column("", "accuracy", "accuracy", "accuracy", format_percent, 1),
+    Column("bits per byte", "test", "test b/B", "bits_per_byte", _three_digits, 6),
+    Column("accuracy", "test", "test acc.", "accuracy", format_percent, 1),
     Column("independent layers", "mean", "indep.", "independent_layers_mean", format_number, 2),
     Column("independent layers", "end", "end", "independent_layers_end", _whole, 8),
     Column("independent layers", "of", "of", "num_layers", _whole, 11),
