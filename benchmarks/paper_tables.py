@@ -62,7 +62,7 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
         "*Independent* is the number of independent layers, *trainable* that of trainable "
         "parameters: mean over training, and at the end. *State* is the peak of parameters, "
         "gradients and moments. *Of conv.* is the share of the conventional run's on the same "
-        "data: below 100 % is less. What a step takes is measured in [performance](performance.md).",
+        "data: below 100 % is less. For the time of a step see [performance](performance.md).",
     ]
 
 

@@ -109,6 +109,7 @@ def test_help_names_every_setting(here):
 def test_compare(here):
     """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
     flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
+    flags += ("--budget-layers", "3", "--layer-price", "0.1")  # conventional training has neither
     none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
     command = Command(*flags, cwd=here)
     wait_for(lambda: any(none.glob("checkpoints/step-*")))
@@ -131,7 +132,7 @@ def test_compare(here):
     assert (here / "runs/c/report.html").exists()
     configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
     different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
-    assert different == {"policy", "exp"}
+    assert different == {"policy", "exp", "budget_layers"}
 
     # What cannot go on is said at once, not after the first of the runs.
     assert "holds a run" in complaint(here, *flags)

@@ -191,6 +191,9 @@ def test_a_task_has_its_own_metric(folder, task, metric):
     again = evaluate_run(config.folder, "test")
     assert again[metric] == pytest.approx(summary[metric])
     assert again["accuracy"] == pytest.approx(summary["accuracy"])
+    gone = replace(config, source="where the run that it came from is no more")
+    (config.folder / "config.json").write_text(gone.to_json())
+    assert evaluate_run(config.folder, "test") == again
 
 
 def test_texts_longer_than_the_runs_sequences_are_cut(folder, tmp_path):

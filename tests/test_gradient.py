@@ -227,6 +227,16 @@ def test_a_deep_copy_is_a_model_of_its_own(gradient):
     assert_gradients(twin, untied, tying, CONTRIBUTES[gradient])
 
 
+def test_a_saved_and_loaded_module_is_the_same_model(tmp_path):
+    tying = Tying((0, 1, 0, 1, 4, 1))
+    tied, untied = tied_and_untied(gpt2, tying, "owner")
+    torch.save(tied, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    loss_of(loaded).backward()
+    loss_of(untied).backward()
+    assert_gradients(loaded, untied, tying, CONTRIBUTES["owner"])
+
+
 def test_blocks_are_still_what_they_were_called():
     tied, untied = tied_and_untied(Plain, TYINGS[0], "owner")
     assert repr(tied) == repr(untied)

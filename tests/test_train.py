@@ -230,6 +230,16 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, text):
         evaluate_run(config.folder, "test")
 
 
+def test_the_same_data_may_lie_elsewhere(tmp_path, text):
+    config = small(tmp_path, max_steps=4)
+    summary = train(config)
+    moved = text.rename(text.with_name("renamed.txt"))
+    elsewhere = replace(config, dataset=str(moved))
+    (config.folder / "config.json").write_text(elsewhere.to_json())
+    scores = evaluate_run(config.folder, "test")
+    assert scores["perplexity"] == pytest.approx(summary["test_perplexity"])
+
+
 def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     images = load_images("digits")

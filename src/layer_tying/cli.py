@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layer_tying import cli_use
-from layer_tying.config import POLICIES, SHAPE, TrainConfig
+from layer_tying.config import DECIDING, POLICIES, SHAPE, TrainConfig
 from layer_tying.errors import InputError
 from layer_tying.glue import TASKS
 from layer_tying.recipes import SCALES, TYINGS, recipes, runs_first
@@ -283,9 +283,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _left_out(policy: str) -> dict[str, None]:
     """The settings of other policies, which a comparison has as well."""
+    tying = set(POLICIES) - {"none"}  # conventional training has no budget
     belong = {
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
-        "layer_price": ("bandit",),
+        **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
+        **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
     }
     return {setting: None for setting, policies in belong.items() if policy not in policies}
 

@@ -258,9 +258,10 @@ def _share(model: nn.Module, aliases: Mapping[str, str], folder: Path) -> None:
         path, _, attribute = name.rpartition(".")
         source_path, _, source = stored_name.rpartition(".")
         try:
-            tensor = getattr(model.get_submodule(source_path), source)
-            setattr(model.get_submodule(path), attribute, tensor)
-        except AttributeError:
+            here, there = model.get_submodule(path), model.get_submodule(source_path)
+            places = "_parameters" if source in there._parameters else "_buffers"
+            getattr(here, places)[attribute] = getattr(there, places)[source]
+        except (AttributeError, KeyError):
             raise InputError(f"{folder} is of another model: this one has no {name}") from None
 
 

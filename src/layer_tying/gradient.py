@@ -45,11 +45,23 @@ def read_detached(slots: Iterable[Slot]) -> None:
 @cache
 def _detaching(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """One subclass for all modules alike, so that compiled code is shared between them."""
-    body = {name: _detached_weight(name) for name in names}
+    body: dict[str, object] = {name: _detached_weight(name) for name in names}
+
+    def reduced(self: nn.Module, protocol: int) -> tuple[object, ...]:
+        _, _, *state = plain.__reduce_ex__(self, protocol)
+        return _blank, (plain, names), *state
+
+    body["__reduce_ex__"] = reduced  # by name, pickle would take it for the plain class
     derived = type(plain.__name__, (plain,), {"__module__": plain.__module__, **body})
     derived.__qualname__ = plain.__qualname__
     _plain_class[derived] = plain
     return derived
+
+
+def _blank(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module as pickle and copy make it, before they put its state back."""
+    derived = _detaching(plain, names)
+    return derived.__new__(derived)
 
 
 def _detached_weight(name: str) -> property:

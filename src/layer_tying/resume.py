@@ -16,6 +16,7 @@ from layer_tying.runlog import start_line
 from layer_tying.tally import Tally
 from layer_tying.training import Training
 from layer_tying.tying import Tying
+from layer_tying.workload import is_same_data
 
 KEPT_CHECKPOINTS = 2
 
@@ -85,7 +86,7 @@ def restore(training: Training) -> None:
     its_config = TrainConfig.from_json(json.dumps(saved.config))
     if difference := first_difference(its_config, training.config):
         raise InputError(f"cannot resume: {saved.folder} is of another run: {difference}")
-    if saved.facts["data"] != training.workload.facts:
+    if not is_same_data(saved.facts["data"], training.workload.facts):
         raise InputError(f"cannot resume {saved.folder}: the data are not those it trained on")
     state = saved.training_state()
     training.storage.apply(saved.tying)

@@ -26,7 +26,7 @@ from layer_tying.resume import restore, save, start_log
 from layer_tying.runlog import RunLog
 from layer_tying.summary import summarise
 from layer_tying.training import Training
-from layer_tying.workload import build_workload
+from layer_tying.workload import build_workload, is_same_data
 
 
 class Interrupted(Exception):
@@ -164,8 +164,11 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
     """
     config = RunLog(folder).config()
     best = checkpoint.read_checkpoint(folder / "checkpoints" / "best")
-    workload = build_workload(replace(config, data_dir=data_dir or config.data_dir))
-    if best.facts["data"] != workload.facts:
+    config = replace(config, data_dir=data_dir or config.data_dir)
+    if config.task:  # it holds the tokenizer itself: the run that it was tuned from may be gone
+        config = replace(config, source=str(folder))
+    workload = build_workload(config)
+    if not is_same_data(best.facts["data"], workload.facts):
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
     model = build_model(workload.model_config, best.tying, device=_accelerator().device)
     best.load_weights(model)

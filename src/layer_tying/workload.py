@@ -6,7 +6,7 @@ Knows nothing of tying. One class each for text, images and GLUE's tasks, with t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +84,11 @@ def build_workload(config: TrainConfig) -> Workload:
     if config.dataset == "lambada" and not is_masked(config):
         last_words = load_lambada(config.data_dir, held_out=True)
     return LanguageWorkload(config, tokenize(texts, tokenizer), last_words)
+
+
+def is_same_data(facts: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two workloads' facts are of the same data, wherever these came from."""
+    return {**facts, "source": None} == {**other, "source": None}
 
 
 def is_masked(config: TrainConfig) -> bool:
