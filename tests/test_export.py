@@ -202,7 +202,7 @@ def test_a_model_that_is_not_transformers_is_passed_in(tmp_path):
     assert TiedLayers(fresh).tying == Tying.from_labels("abab" + "cc")
     assert torch.equal(loss_of(fresh), loss_of(model))
     other = Plain()
-    TiedLayers(other, gradient="owner").apply(Tying.from_labels("aabbcc"))
+    TiedLayers(other, gradient="owner").apply(Tying.from_labels("ababcd"))
     assert torch.equal(loss_of(load(tmp_path, other)), loss_of(model))
     assert fresh.blocks[3].offset == 3, "buffers are each layer's own"
     with pytest.raises(InputError, match=r"Plain is not a model of transformers"):
