@@ -13,7 +13,7 @@ that what was done counts when it is stopped; docs/quality.md and its pictures f
 
     python benchmarks/quality.py                                 # all: some 4 hours of two threads
     python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
-    python benchmarks/quality.py --sets pydocs --regimes gpt2 --rates 1e-3 2e-3 --contestants ...
+    python benchmarks/quality.py --sets pydocs --regimes gpt2 --contestants conventional bandit-3
 """
 
 from __future__ import annotations

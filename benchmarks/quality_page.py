@@ -25,7 +25,10 @@ from quality_rows import (
 def write_page(results: Row, folder: Path) -> None:
     """The page and its pictures, into a folder of documentation."""
     rows = results["rows"]
-    settings = list(dict.fromkeys((r["set"], r["regime"]) for r in rows))
+    regimes = list(results["settings"])
+    settings = sorted(
+        {(r["set"], r["regime"]) for r in rows}, key=lambda s: (regimes.index(s[1]), s)
+    )
     if not settings:
         return
     (folder / "images").mkdir(exist_ok=True)
