@@ -231,7 +231,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, text):
 
 
 def test_the_same_data_may_lie_elsewhere(tmp_path, text):
-    config = small(tmp_path, max_steps=4)
+    config = small(tmp_path, policy="none", max_steps=4)
     summary = train(config)
     moved = text.rename(text.with_name("renamed.txt"))
     elsewhere = replace(config, dataset=str(moved))
