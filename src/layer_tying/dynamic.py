@@ -22,7 +22,7 @@ from layer_tying.dqn import DQN
 from layer_tying.errors import InputError
 from layer_tying.find import LayerStack
 from layer_tying.policies import LARGEST_REWARD, Action, Policy
-from layer_tying.surgery import Parameters, TiedLayers
+from layer_tying.surgery import Parameters, TiedLayers, listed
 from layer_tying.tying import Rules, Tying
 
 
@@ -265,7 +265,7 @@ def _check_prepared(
     """Layers that come prepared are of this model and optimizer, and have their options already."""
     if layers.stack.model is not model:
         raise InputError("the layers are of another model: prepare them with this one")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    optimizers = listed(optimizer)
     if [id(each) for each in optimizers] != [id(each) for each in layers.optimizers]:
         raise InputError(
             f"the layers were prepared with {len(layers.optimizers)} optimizer(s), and they are "

@@ -79,8 +79,8 @@ def sharing(config: TrainConfig) -> tuple[bool, Literal["first", "majority"]]:
     A run that uses another's tyings does both as that one did.
     """
     behind = settings_behind(config)
-    shared_init = next((each["shared_init"] for each in behind if each.get("shared_init")), "plain")
-    return shared_init == "damped", "majority" if behind[-1]["policy"] == "bandit" else "first"
+    shared_init = next(each.shared_init for each in behind if each.shared_init)
+    return shared_init == "damped", "majority" if behind[-1].policy == "bandit" else "first"
 
 
 def settles_at(config: TrainConfig, num_steps: int) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +13,7 @@ from layer_tying.config import SHAPE, TrainConfig
 from layer_tying.errors import InputError
 from layer_tying.find import find_layers
 from layer_tying.report import Run, read_run
+from layer_tying.runlog import RunLog
 from layer_tying.tying import Tying
 
 
@@ -49,11 +47,11 @@ def recorded_tyings(config: TrainConfig) -> list[Tying]:
     return [tying.permuted(places) for tying in tyings]
 
 
-def settings_behind(config: TrainConfig) -> list[Mapping[str, Any]]:
+def settings_behind(config: TrainConfig) -> list[TrainConfig]:
     """The settings of a run, of the run whose tyings it uses, of the run behind that, and so on."""
-    behind: list[Mapping[str, Any]] = [asdict(config)]
-    while behind[-1]["policy"] in ("fixed", "recorded") and behind[-1]["source"]:
-        behind.append(read_run(Path(behind[-1]["source"])).config)
+    behind = [config]
+    while behind[-1].policy in ("fixed", "recorded") and (source := behind[-1].source):
+        behind.append(RunLog(Path(source)).config())
     return behind
 
 

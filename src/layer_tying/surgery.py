@@ -27,6 +27,11 @@ from layer_tying.tying import Rules, Tying, storage_sources
 Parameters = dict[str, nn.Parameter]
 
 
+def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+
+
 class TiedLayers:
     """The layers of a model, with a tying that can be changed while it trains.
 
@@ -84,8 +89,7 @@ class TiedLayers:
         self.tying = self._tying_in_storage()
         self._copies_moments = moments == "copy"
         self._inherit: Literal["first", "majority"] = inherit
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self._ledgers = [Ledger(each) for each in optimizers]
+        self._ledgers = [Ledger(each) for each in listed(optimizer)]
         self._take_out_of_books()
         self._enter_in_books()
         self._only_owners_learn = gradient == "owner"
