@@ -36,7 +36,7 @@ from common import (
 from torch import nn
 from torch.optim import Optimizer
 
-from layer_tying.memory import model_state
+from layer_tying.runs.memory import model_state
 
 LR = 1e-4
 SHAPE = {"layers": 48, "width": 1600, "heads": 25, "length": 256}

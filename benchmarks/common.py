@@ -21,12 +21,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from layer_tying.cross_entropy import language_model_loss
-from layer_tying.memory import peak_bytes, return_freed_memory
-from layer_tying.models import build_model, language_config
-from layer_tying.policies import pattern
-from layer_tying.runlog import environment
-from layer_tying.tying import Tying
+from layer_tying.core.patterns import pattern
+from layer_tying.core.tying import Tying
+from layer_tying.models.build import build_model, language_config
+from layer_tying.runs.folder import environment
+from layer_tying.runs.memory import peak_bytes, return_freed_memory
+from layer_tying.tasks.cross_entropy import language_model_loss
 
 Case = dict[str, Any]  # what is measured; with what was measured added, a row of the results
 RESULTS = Path(__file__).parent / "results"

@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from common import DEVICE, QUICK, RESULTS, Case, in_a_process, run_case_or, write_results
 from performance_page import write_page
 
-from layer_tying.config import TrainConfig
-from layer_tying.evaluate import evaluating
-from layer_tying.memory import peak_bytes
-from layer_tying.models import build_model
-from layer_tying.runlog import RunLog
-from layer_tying.surgery import TiedLayers
-from layer_tying.training import Training
-from layer_tying.tying import Tying
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.models.build import build_model
+from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.folder import RunLog
+from layer_tying.runs.memory import peak_bytes
+from layer_tying.runs.trainer import Training
+from layer_tying.tasks.metrics import evaluating
 
 BUDGET = 525.0  # seconds; gpu.sh stops at 540
 SHAPE = {"layers": 48, "width": 1600, "heads": 25}

@@ -36,10 +36,10 @@ from performance_tables import ratio_and_bound
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from layer_tying.cross_entropy import language_model_loss
-from layer_tying.evaluate import evaluating
-from layer_tying.memory import model_state
-from layer_tying.surgery import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.runs.memory import model_state
+from layer_tying.tasks.cross_entropy import language_model_loss
+from layer_tying.tasks.metrics import evaluating
 
 TRANSITIONS = 10
 SHAPE = {"layers": 48, "width": 1600, "heads": 25}

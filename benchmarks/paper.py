@@ -26,9 +26,9 @@ from typing import Any
 
 from paper_tables import results_page
 
-from layer_tying.config import TrainConfig
-from layer_tying.files import ENVIRONMENT
-from layer_tying.recipes import recipes
+from layer_tying.data.files import ENVIRONMENT
+from layer_tying.paper.rows import recipes
+from layer_tying.runs.config import TrainConfig
 
 SCALE = "small"
 MOST_PROCESSES = 2

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from layer_tying.glue import TASKS
-from layer_tying.recipes import TYINGS
+from layer_tying.data.glue import TASKS
+from layer_tying.paper.rows import TYINGS
 
 Summary = dict[str, Any]
 Column = tuple[str, Callable[[Summary, Summary], str]]  # heading, cell(row, conventional row)

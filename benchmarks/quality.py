@@ -37,10 +37,10 @@ from paper import processor
 from quality_page import write_page
 from quality_rows import best_rate
 
-from layer_tying.config import TrainConfig
-from layer_tying.data import load_texts
+from layer_tying.data.texts import load_texts
 from layer_tying.errors import InputError
-from layer_tying.train import Interrupted, train
+from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.train import Interrupted, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from layer_tying.policies import pattern
+from layer_tying.core.patterns import pattern
 
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # contestant -> its runs at its best learning rate

@@ -39,11 +39,11 @@ from speed_generate import FORMATS, measure_generation, measure_loading, write_e
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from layer_tying.cross_entropy import language_model_loss
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
 from layer_tying.dynamic import DynamicTying
-from layer_tying.evaluate import evaluating
-from layer_tying.surgery import TiedLayers
-from layer_tying.tying import Tying
+from layer_tying.tasks.cross_entropy import language_model_loss
+from layer_tying.tasks.metrics import evaluating
 
 Side = tuple[PreTrainedModel, Optimizer]
 LARGE = {"layers": 48, "width": 1600, "heads": 25, "independent": 7, "length": 256, "repeats": 3}

@@ -9,12 +9,12 @@ from common import DEVICE, Case, random_tying
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layer_tying import setup
-from layer_tying.config import TrainConfig
-from layer_tying.cross_entropy import language_model_loss
-from layer_tying.models import build_model, language_config
-from layer_tying.surgery import TiedLayers
-from layer_tying.tying import Tying
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.models.build import build_model, language_config
+from layer_tying.runs import setup
+from layer_tying.runs.config import TrainConfig
+from layer_tying.tasks.cross_entropy import language_model_loss
 
 TRANSITIONS = 20
 BYTES = 256  # the vocabulary

@@ -19,7 +19,7 @@ from common import (
 )
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from layer_tying.export import COMPACT, export_compact, export_expanded, load
+from layer_tying.saving.export import COMPACT, export_compact, export_expanded, load
 
 PROMPT, NEW = 16, 32  # tokens
 FORMATS = ("compact", "expanded")

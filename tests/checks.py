@@ -4,7 +4,7 @@ import torch
 from tiny_models import Plain, loss_of
 from torch import nn
 
-from layer_tying.tying import Tying
+from layer_tying.core.tying import Tying
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 from small_runs import SERVER
 
 SERVER.set_forkserver_preload(
-    ["layer_tying.train", "layer_tying.report", "layer_tying.sharding", "tiny_models"]
+    ["layer_tying.runs.train", "layer_tying.report", "layer_tying.core.sharding", "tiny_models"]
 )
 
 

@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 from safetensors.torch import load_file
 
-from layer_tying.config import TrainConfig
+from layer_tying.runs.config import TrainConfig
 
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "sun", "red")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["layer_tying.train", "layer_tying.report"])
+SERVER.set_forkserver_preload(["layer_tying.runs.train", "layer_tying.report"])
 NOT_REPEATABLE = ("seconds", "peak_memory_bytes")  # of metrics.jsonl
 
 
@@ -68,7 +68,7 @@ def train_until(
     config: TrainConfig, function: str, call: int, signal_number: int, resume: bool = False
 ) -> None:
     """Train, and send this process a signal at the n-th call of ``module.function``."""
-    from layer_tying.train import Interrupted, train
+    from layer_tying.runs.train import Interrupted, train
 
     signal_at(function, call, signal_number)
     try:
@@ -107,8 +107,8 @@ class Crash(Exception):
 
 def crashed_at(config: TrainConfig, call: int) -> None:
     """Train in this process up to an exception at the n-th step: cheaper than a process."""
-    from layer_tying.train import train
-    from layer_tying.training import Training
+    from layer_tying.runs.train import train
+    from layer_tying.runs.trainer import Training
 
     original, calls = Training.train_step, 0
 

@@ -10,12 +10,12 @@ import torch
 from tiny_models import Plain, gpt2, gpt_neo, loss_of
 from torch import nn
 
-from layer_tying.dqn import DQN
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Rules, Tying
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
-from layer_tying.policies import RandomPolicy
-from layer_tying.surgery import TiedLayers
-from layer_tying.tying import Rules, Tying
+from layer_tying.policies.dqn import DQN
+from layer_tying.policies.simple import RandomPolicy
 
 
 class Script(RandomPolicy):

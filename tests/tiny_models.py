@@ -4,7 +4,7 @@ import torch
 import transformers
 from torch import nn
 
-from layer_tying.tying import Tying
+from layer_tying.core.tying import Tying
 
 transformers.logging.set_verbosity_error()
 

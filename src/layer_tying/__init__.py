@@ -3,19 +3,21 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from layer_tying.bandit import Bandit
-from layer_tying.damping import damp_shared_layers
-from layer_tying.dqn import DQN
+from layer_tying.core.distributed import average_gradients
+from layer_tying.core.patterns import pattern
+from layer_tying.core.residual_scale import damp_shared_layers
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Rules, Tying
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
-from layer_tying.parallel import average_gradients
-from layer_tying.policies import Policy, RandomPolicy, pattern
-from layer_tying.surgery import TiedLayers
-from layer_tying.tying import Rules, Tying
+from layer_tying.policies.bandit import Bandit
+from layer_tying.policies.base import Policy
+from layer_tying.policies.dqn import DQN
+from layer_tying.policies.simple import RandomPolicy
 
 if TYPE_CHECKING:
-    from layer_tying.export import export_compact, export_expanded, load
-    from layer_tying.sharding import shard_tied_layers
+    from layer_tying.core.sharding import shard_tied_layers
+    from layer_tying.saving.export import export_compact, export_expanded, load
 
 __all__ = [
     "DQN",
@@ -40,10 +42,10 @@ __all__ = [
 
 # What needs transformers or FSDP, whose imports take seconds: only who uses it waits for it.
 _HOME = {
-    "export_compact": "export",
-    "export_expanded": "export",
-    "load": "export",
-    "shard_tied_layers": "sharding",
+    "export_compact": "saving.export",
+    "export_expanded": "saving.export",
+    "load": "saving.export",
+    "shard_tied_layers": "core.sharding",
 }
 
 

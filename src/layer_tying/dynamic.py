@@ -16,14 +16,14 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from layer_tying import parallel
-from layer_tying.bandit import Bandit
-from layer_tying.dqn import DQN
+from layer_tying.core import distributed
+from layer_tying.core.find import LayerStack
+from layer_tying.core.tied_layers import Parameters, TiedLayers, listed
+from layer_tying.core.tying import Rules, Tying
 from layer_tying.errors import InputError
-from layer_tying.find import LayerStack
-from layer_tying.policies import LARGEST_REWARD, Action, Policy
-from layer_tying.surgery import Parameters, TiedLayers, listed
-from layer_tying.tying import Rules, Tying
+from layer_tying.policies.bandit import Bandit
+from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
+from layer_tying.policies.dqn import DQN
 
 
 class Layers(Protocol):
@@ -111,7 +111,7 @@ class DynamicTying:
         inherit: Literal["first", "majority"] = "first",
         by_kind: bool = False,
     ) -> None:
-        parallel.refuse_sharded(model.parameters())
+        distributed.refuse_sharded(model.parameters())
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
         options = {"untied": untied, "gradient": gradient, "moments": moments}
@@ -182,9 +182,9 @@ class DynamicTying:
         step, self.num_steps = self.num_steps, self.num_steps + 1
         if step % self.every:
             return None
-        parallel.check_in_sync(dict(self.layers.stack.model.named_parameters()))
+        distributed.check_in_sync(dict(self.layers.stack.model.named_parameters()))
         state = self.tying
-        action = parallel.from_rank_0(self.policy.act(state, self.rules))
+        action = distributed.from_rank_0(self.policy.act(state, self.rules))
         next_state = Tying.from_action(action)
         self.rules.check(next_state)
         self.layers.apply(next_state)
@@ -212,7 +212,7 @@ class DynamicTying:
             return None, None
         measured, event = None, None
         if reward is not None:
-            value = parallel.mean(float(reward))
+            value = distributed.mean(float(reward))
             if abs(value) < LARGEST_REWARD:
                 measured = value
             else:

@@ -1,0 +1,5 @@
+"""The command."""
+
+from layer_tying.cli.command import main
+
+__all__ = ["main"]

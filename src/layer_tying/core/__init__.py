@@ -1,0 +1,1 @@
+"""Ties the layers of any torch model. Knows no transformers, no files and no policy."""

@@ -1,0 +1,109 @@
+"""Hard limits on a model's size, as the number of layers that may be independent.
+
+A limit holds at every moment of a run if it holds for the worst tying of so many independent
+layers, so sizes are computed for that one: the largest layers independent, the longest names. The
+size of a compact export is a bound, at most some hundred bytes a tensor above the real file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from layer_tying.core.find import LayerStack
+from layer_tying.errors import InputError
+
+ENTRY = '"{}":{{"dtype":"BF16","shape":{},"data_offsets":[{},{}]}},'  # of a tensor, in the header
+FRAME = 100  # of a file: the header's length, its braces, the metadata's key, padding
+
+
+def max_independent(
+    stack: LayerStack,
+    *,
+    num_layers: int | None = None,
+    num_parameters: int | None = None,
+    num_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """The most independent layers with which a model stays within limits, whatever its tying.
+
+    Args:
+        stack: the model's layers (``TiedLayers(model).stack``), tied or not, on any device.
+        num_layers: a limit on the independent layers themselves.
+        num_parameters: a limit on the distinct parameters of the whole model.
+        num_bytes: a limit on the file that ``export_compact`` writes.
+        dtype: the type in which it stores the weights; the model's own by default.
+
+    Raises:
+        InputError: if a limit is below what the model has with one layer of each kind.
+    """
+    num_kinds = len(set(stack.kinds))
+    found = [len(stack.kinds)]
+    if num_layers is not None:
+        if num_layers < num_kinds:
+            raise _too_small(num_layers, "independent layers", num_kinds, num_kinds)
+        found.append(num_layers)
+    sizes = (
+        (num_parameters, "parameters", _numbers_of_parameters(stack)),
+        (num_bytes, "bytes", _numbers_of_bytes(stack, dtype)),
+    )
+    for limit, unit, size_with in sizes:
+        if limit is not None:
+            if size_with[num_kinds] > limit:
+                raise _too_small(limit, unit, size_with[num_kinds], num_kinds)
+            found.append(max(n for n, size in size_with.items() if size <= limit))
+    return min(found)
+
+
+def _too_small(limit: int, unit: str, least: int, num_kinds: int) -> InputError:
+    layers = "one independent layer" if num_kinds == 1 else f"{num_kinds} kinds of layer"
+    return InputError(
+        f"a budget of {limit:,} {unit} is too small: with {layers}, the least that is possible, "
+        f"this model needs {least:,}"
+    )
+
+
+def _numbers_of_parameters(stack: LayerStack) -> dict[int, int]:
+    """For each number of independent layers, the parameters of the largest tying of so many."""
+    return _sizes(stack, {p: p.numel() for p in stack.model.parameters()})
+
+
+def _numbers_of_bytes(stack: LayerStack, dtype: torch.dtype | None) -> dict[int, int]:
+    """For each number of independent layers, a bound on the bytes of its compact export."""
+    state = stack.model.state_dict(keep_vars=True)
+    sizes = {tensor: tensor.numel() * _itemsize(tensor, dtype) for tensor in state.values()}
+    header = _header_bytes(state, sum(sizes.values()))
+    return {n: size + header for n, size in _sizes(stack, sizes).items()}
+
+
+def _sizes(stack: LayerStack, sizes: Mapping[Tensor, int]) -> dict[int, int]:
+    """For each number of independent layers, the summed sizes of the largest tying of so many."""
+    layers = [
+        {p for module, name in slots.values() if (p := module._parameters[name]) is not None}
+        for slots in stack.slots
+    ]
+    of_layer = [sum(sizes[p] for p in layer) for layer in layers]
+    shared = set().union(*layers)
+    rest = sum(size for tensor, size in sizes.items() if tensor not in shared)
+    kinds = set(stack.kinds)
+    least = rest + sum(of_layer[kind] for kind in kinds)
+    others = sorted((size for i, size in enumerate(of_layer) if i not in kinds), reverse=True)
+    return {len(kinds) + n: least + sum(others[:n]) for n in range(len(others) + 1)}
+
+
+def _itemsize(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size()
+
+
+def _header_bytes(state: Mapping[str, Tensor], data_bytes: int) -> int:
+    """Each name is that of a stored tensor, or in the map: the longer of the two is counted."""
+    longest = max(state, key=len)
+    total = FRAME
+    for name, tensor in state.items():
+        stored = ENTRY.format(name, list(tensor.shape), data_bytes, data_bytes)
+        mapped = json.dumps(f'"{name}": "{longest}", ')
+        total += max(len(stored), len(mapped))
+    return total

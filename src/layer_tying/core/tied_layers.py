@@ -1,0 +1,242 @@
+"""Sharing parameters in a live model: tie and untie its layers while it trains.
+
+The one invariant: state and storage agree, always. If ``tying.owners[i] == j``, every shared
+parameter of layer i *is* layer j's ``Parameter`` (the same object); if ``owners[i] == i``, it
+shares storage with no other independent layer. The optimizer holds each live parameter exactly
+once, and moments for no other.
+
+Parameters are tied, not modules: each layer keeps its own module, its ``layer_idx``, its buffers,
+its hooks and its slot in the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from layer_tying.core.distributed import refuse_sharded
+from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.optimizer_state import Ledger
+from layer_tying.core.tying import Rules, Tying, storage_sources
+from layer_tying.core.weight_access import read_as_they_are, read_detached
+from layer_tying.errors import InputError
+
+Parameters = dict[str, nn.Parameter]
+
+
+def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+
+
+class TiedLayers:
+    """The layers of a model, with a tying that can be changed while it trains.
+
+    Example::
+
+        layers = TiedLayers(model, optimizer)
+        layers.apply(Tying.from_labels("aaabbb"))  # two independent layers, used three times each
+
+    Args:
+        model: any module that holds its layers in one list of equal blocks. Where layers come tied
+            already, the tying is read off them.
+        optimizer: the optimizer of the model's parameters (or several, or none). Its
+            ``param_groups`` and ``state`` are kept in step.
+        layers: the dotted name of the list of layers (or several names, say an encoder's and a
+            decoder's); found by itself where there is only one candidate.
+        untied: name patterns (as in ``fnmatch``, within a layer) of parameters that each layer
+            keeps for itself, such as ``["*norm*"]``.
+        gradient: ``"sum"``: a shared weight's gradient is the sum over all the layers that use it
+            (true tying). ``"owner"``: only the owner's own position contributes; this saves the
+            weight gradients of all other positions.
+        moments: the optimizer state of a newly independent layer: a ``"copy"`` of its owner's, or
+            ``"fresh"``.
+        inherit: the weights a group of layers goes on with when the tying changes: those that its
+            ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
+        by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
+
+    Attributes:
+        tying: the tying in force.
+        rules: which tyings this model allows.
+
+    Raises:
+        InputError: if the layers cannot be found, do not match, or share parameters only in part.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        layers: str | Sequence[str] | None = None,
+        untied: Sequence[str] = (),
+        gradient: Literal["sum", "owner"] = "sum",
+        moments: Literal["copy", "fresh"] = "copy",
+        inherit: Literal["first", "majority"] = "first",
+        by_kind: bool = False,
+    ) -> None:
+        if gradient not in ("sum", "owner"):
+            raise InputError(f"gradient is 'sum' or 'owner', got {gradient!r}")
+        if moments not in ("copy", "fresh"):
+            raise InputError(f"moments is 'copy' or 'fresh', got {moments!r}")
+        if inherit not in ("first", "majority"):
+            raise InputError(f"inherit is 'first' or 'majority', got {inherit!r}")
+        self.stack: LayerStack = find_layers(model, layers, untied, by_kind)
+        self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
+        self.tying = self._tying_in_storage()
+        self._copies_moments = moments == "copy"
+        self._inherit: Literal["first", "majority"] = inherit
+        self._ledgers = [Ledger(each) for each in listed(optimizer)]
+        self._take_out_of_books()
+        self._enter_in_books()
+        self._only_owners_learn = gradient == "owner"
+        self._set_gradients()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are kept in step."""
+        return [ledger.optimizer for ledger in self._ledgers]
+
+    def parameters(self, layer: int) -> Parameters:
+        """The parameters that a layer uses, by their names within the layer."""
+        used: Parameters = {}
+        for name, (module, attribute) in self.stack.slots[layer].items():
+            parameter = module._parameters[attribute]
+            assert parameter is not None
+            used[name] = parameter
+        return used
+
+    def apply(self, tying: Tying) -> None:
+        """Change to another tying, as one transition from the weights in use now.
+
+        A layer that becomes independent goes on from the weights it used (the model computes the
+        same function, unless others join it and ``inherit`` is ``"majority"``); a layer that is
+        tied drops its own weights, gradient and moments. What is dropped is freed before anything
+        is copied, and nothing is copied that could be taken over: memory never rises above the
+        larger of before and after.
+
+        Call it between optimizer steps, with gradients cleared.
+
+        Raises:
+            InputError: if the tying does not fit the model; then nothing has changed.
+        """
+        self.rules.check(tying)
+        if tying == self.tying:
+            return
+        refuse_sharded(self._owned().values())
+        if self._tying_in_storage() != self.tying:
+            raise InputError(
+                "the layers' weights were exchanged by something else since they were last tied: "
+                "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
+            )
+        self._take_out_of_books()
+        sources = storage_sources(self.tying, tying, self._inherit)
+        old = {source: self.parameters(source) for source, _ in sources.values()}
+        self.drop_moments(self._layers_that_lose_moments(sources))
+        for layer, owner in enumerate(tying.owners):
+            self._point(layer, old[sources[owner][0]])
+        for owner, (source, needs_copy) in sources.items():
+            if needs_copy:
+                copies = self._copy(old[source])
+                for layer in tying.groups[owner]:
+                    self._point(layer, copies)
+        self.tying = tying
+        self._enter_in_books()
+        self._set_gradients()
+
+    def verify(self) -> None:
+        """Check the invariant.
+
+        Raises:
+            AssertionError: if storage is not what the tying says, or an optimizer has lost a
+                parameter, or holds one twice, or one that no layer uses, or its moments.
+        """
+        assert self._tying_in_storage() == self.tying, "storage is not what the tying says"
+        owned = self._owned()
+        addresses = {id(p): p.data_ptr() for p in owned.values() if p.numel() and not p.is_meta}
+        assert len(set(addresses.values())) == len(addresses), "two parameters share memory"
+        live = {id(p) for p in self.stack.model.parameters()}
+        for ledger in self._ledgers:
+            ledger.verify(owned, live)
+
+    def _tying_in_storage(self) -> Tying:
+        """The tying that the parameters' identities show."""
+        ids = [
+            tuple(id(p) for p in self.parameters(i).values()) for i in range(len(self.stack.names))
+        ]
+        tying = Tying.from_labels(ids)
+        seen: dict[int, int] = {}
+        for layer in tying.independent_layers:
+            for identity in set(ids[layer]):
+                if identity in seen:
+                    one, other = self.stack.names[seen[identity]], self.stack.names[layer]
+                    raise InputError(
+                        f"{one} and {other} share some of their parameters but not all: "
+                        f"tie or untie them whole, or name what is shared in untied=..."
+                    )
+                seen[identity] = layer
+        return tying
+
+    def _point(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, (module, attribute) in self.stack.slots[layer].items():
+            setattr(module, attribute, parameters[name])  # recurrent networks take note of it
+
+    def _copy(self, parameters: Parameters) -> Parameters:
+        """New parameters of equal values, one for each distinct one, with their moments."""
+        copies: dict[int, nn.Parameter] = {}
+        for parameter in parameters.values():
+            if id(parameter) not in copies:
+                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                copies[id(parameter)] = copy
+                if self._copies_moments:
+                    for ledger in self._ledgers:
+                        ledger.copy_moments(parameter, copy)
+        return {name: copies[id(parameter)] for name, parameter in parameters.items()}
+
+    def _owned(self) -> Parameters:
+        """The parameters of the independent layers, by their names in the model."""
+        return {
+            f"{self.stack.names[layer]}.{name}": parameter
+            for layer in self.tying.independent_layers
+            for name, parameter in self.parameters(layer).items()
+        }
+
+    def _take_out_of_books(self) -> None:
+        for ledger in self._ledgers:
+            ledger.take_out(self._owned())
+
+    def _enter_in_books(self) -> None:
+        names = self.stack.names
+        in_first_of_kind = {
+            f"{names[layer]}.{name}": f"{names[self.stack.kinds[layer]]}.{name}"
+            for layer in self.tying.independent_layers
+            for name in self.stack.slots[layer]
+        }
+        for ledger in self._ledgers:
+            ledger.enter(self._owned(), in_first_of_kind)
+
+    def _layers_that_lose_moments(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
+        """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
+        keeping = {
+            source
+            for owner, (source, _) in sources.items()
+            if self._copies_moments or owner == source
+        }
+        return set(self.tying.independent_layers) - keeping
+
+    def _set_gradients(self) -> None:
+        for layer, owner in enumerate(self.tying.owners):
+            slots = self.stack.slots[layer].values()
+            if self._only_owners_learn and layer != owner:
+                read_detached(slots)
+            else:
+                read_as_they_are(slots)
+
+    def drop_moments(self, layers: Iterable[int]) -> None:
+        """Forget the optimizer's state of the parameters that these layers use."""
+        for ledger in self._ledgers:
+            for layer in layers:
+                ledger.drop_moments(self.parameters(layer).values())

@@ -1,0 +1,1 @@
+"""Texts, tokens, images, GLUE and batches. No torch."""

@@ -1,0 +1,1 @@
+"""Dynamic layer tying inside other training loops."""

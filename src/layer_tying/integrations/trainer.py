@@ -1,0 +1,268 @@
+"""Dynamic layer tying as a callback of ``transformers.Trainer``.
+
+Facts (transformers 5.23):
+- The Trainer loads a checkpoint's weights and its optimizer's state before ``on_train_begin``, and
+  no event comes between; no event is told the checkpoint's folder either.
+- ``save_pretrained`` refuses a model whose layers share tensors, and an optimizer refuses a state
+  of another number of parameters than it was made with.
+
+So the Trainer's own files stay such that it can always load them: ``model.safetensors`` holds a
+copy of the weights for each layer (any ``from_pretrained`` loads it), ``optimizer.pt`` the settings
+without the moments. What training goes on from is in ``layer_tying/`` beside them: each distinct
+weight once, its moments by name, the tying and the agent.
+"""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from layer_tying.core.tying import Tying
+from layer_tying.dynamic import Decision, DynamicTying
+from layer_tying.errors import InputError
+from layer_tying.policies.base import Policy
+from layer_tying.saving import checkpoint
+from layer_tying.tasks.metrics import evaluating
+
+FOLDER = "layer_tying"  # inside a checkpoint's
+
+
+class DynamicTyingCallback(TrainerCallback):
+    """Ties and unties a model's layers while a ``Trainer`` trains it::
+
+        Trainer(model, args, train_dataset=..., callbacks=[DynamicTyingCallback(every=50)])
+
+    Decisions are logged in ``trainer.state.log_history``, under ``"tying"``. Checkpoints are the
+    Trainer's own, with a folder more in each: ``trainer.train(resume_from_checkpoint=True)`` goes
+    on exactly. A checkpoint that lies elsewhere than in ``args.output_dir`` is named in
+    ``args.resume_from_checkpoint`` as well.
+
+    Args:
+        every: k, the number of optimizer steps from one decision to the next.
+        policy: who decides; the paper's agent by default.
+        reward: ``"batch"``: minus the loss of a training batch, drawn at random after the decision;
+            ``"eval_loss"``: minus that of the first evaluation after it.
+        initial: as in ``DynamicTying``; ``"none"`` to tie down a pretrained model.
+        options: any other option of ``DynamicTying``.
+
+    Attributes:
+        dynamic: the ``DynamicTying`` at work; None before training.
+
+    Raises:
+        InputError: if the reward is unknown; when training starts, if something does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        policy: Policy | None = None,
+        reward: Literal["batch", "eval_loss"] = "batch",
+        initial: Literal["all", "none", "keep"] | Tying = "all",
+        **options: Any,
+    ) -> None:
+        if reward not in ("batch", "eval_loss"):
+            raise InputError(f"reward is 'batch' or 'eval_loss', got {reward!r}")
+        self.dynamic: DynamicTying | None = None
+        self._reward = reward
+        self._options: dict[str, Any] = {"every": every, "policy": policy, **options}
+        self._initial: str | Tying = initial
+        self._run = uuid.uuid4().hex  # tells this run's checkpoints from others'
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Tie the layers: the optimizer exists, and has loaded what the Trainer resumes from."""
+        _refuse(args, self._reward, at_hand["train_dataloader"])
+        model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        saved = _saved_with(args, state)
+        if saved:
+            self._initial, self._run = saved.tying, saved.facts["run"]
+        self.dynamic = DynamicTying(model, optimizer, initial=self._initial, **self._options)  # type: ignore[arg-type]
+        self._options["policy"] = self.dynamic.policy
+        self._initial = "keep"  # if the Trainer trains once more
+        if saved:
+            training = saved.training_state()
+            saved.load_weights(model)
+            checkpoint.load_moments_by_name(model, optimizer, training["moments"])
+            self.dynamic.load_state_dict(training["tying"])
+            self.dynamic.layers.verify()
+        else:
+            self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
+        self._let_the_trainer_save(model, optimizer, sizes)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Decide, where that is due."""
+        assert self.dynamic
+        measure = partial(_batch_reward, args, state, at_hand["model"], at_hand["train_dataloader"])
+        decision = self.dynamic.step(measure if self._reward == "batch" else None)
+        if decision:
+            self._log(state, **_log_entry(decision))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Let the agent learn from the evaluation, if it is to."""
+        if self.dynamic is None or self._reward != "eval_loss":
+            return
+        if "eval_loss" not in at_hand["metrics"]:
+            found = ", ".join(at_hand["metrics"])
+            raise InputError(f"reward='eval_loss', but the evaluation gave only {found}")
+        measured, event = self.dynamic.learn(-at_hand["metrics"]["eval_loss"])
+        if measured is not None or event:
+            self._log(state, tying_reward=measured, tying_event=event)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Add what is ours to the checkpoint that the Trainer has just written."""
+        assert self.dynamic
+        model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
+        checkpoint.save_checkpoint(
+            _folder_of(args, state.global_step) / FOLDER,
+            model,
+            self.dynamic.tying,
+            step=state.global_step,
+            config={},
+            facts={"run": self._run},
+            training={
+                "moments": checkpoint.moments_by_name(model, optimizer),
+                "tying": self.dynamic.state_dict(),
+            },
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Where the Trainer has loaded the best weights, give them the tying that they had."""
+        assert self.dynamic
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            best = checkpoint.read_checkpoint(Path(state.best_model_checkpoint) / FOLDER)
+            self.dynamic.layers.apply(best.tying)
+            best.load_weights(at_hand["model"])
+        self._hooks.pop().remove()  # the optimizer's; the model can still be saved
+
+    def _log(self, state: TrainerState, **entry: Any) -> None:
+        state.log_history.append({**entry, "step": state.global_step})
+
+    def _let_the_trainer_save(
+        self, model: nn.Module, optimizer: Optimizer, sizes: list[int]
+    ) -> None:
+        assert self.dynamic
+        for hook in self._hooks:
+            hook.remove()
+        names = tuple(f"{name}." for name in self.dynamic.layers.stack.names)
+        self._hooks = [
+            model.register_state_dict_post_hook(partial(_give_each_layer_its_own, names)),
+            optimizer.register_state_dict_post_hook(partial(_leave_out_moments, sizes)),
+        ]
+
+
+def _refuse(args: TrainingArguments, reward: str, loader: DataLoader[Any]) -> None:
+    """Raise an InputError for what this callback cannot train with."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise InputError(
+            f"the Trainer runs on {max(args.world_size, args.n_gpu)} devices, and what it wraps "
+            f"the model in does not notice new parameters: run it on one device"
+        )
+    if reward == "eval_loss" and args.eval_strategy == "no":
+        raise InputError("reward='eval_loss' needs evaluations: set args.eval_strategy")
+    if reward == "batch" and isinstance(loader.dataset, IterableDataset):
+        raise InputError(
+            "reward='batch' draws training examples at random, which an IterableDataset cannot do: "
+            "take reward='eval_loss'"
+        )
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _folder_of(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"
+
+
+def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Checkpoint | None:
+    """Our part of the checkpoint that the Trainer resumes from, if it does and has one."""
+    runs = [entry["tying_run"] for entry in state.log_history if "tying_run" in entry]
+    if not runs:
+        return None
+    folders = [_folder_of(args, state.global_step)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (folder / FOLDER).is_dir():
+            saved = checkpoint.read_checkpoint(folder / FOLDER)
+            if (saved.facts["run"], saved.step) == (runs[-1], state.global_step):
+                return saved
+    raise InputError(
+        f"the run resumed at step {state.global_step} has tied layers, and their state is not in "
+        f"{folders[-1] / FOLDER}: name the checkpoint's folder in args.resume_from_checkpoint too, "
+        f"or, if it was killed while it saved, resume from the one before"
+    )
+
+
+def _batch_reward(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader[Any]
+) -> float:
+    """Minus the loss of a random training batch; leaves the training's random numbers alone."""
+    examples: Any = loader.dataset
+    rng = np.random.default_rng([args.seed, state.global_step])
+    indices = rng.integers(len(examples), size=args.train_batch_size)
+    with torch.random.fork_rng(devices=[]):  # for collators that mask or augment
+        seed = int(rng.integers(2**32))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        batch = loader.collate_fn([examples[int(i)] for i in indices])
+    with evaluating(model):
+        loss = model(**send_to_device(batch, args.device))["loss"]
+    return -float(loss)
+
+
+def _log_entry(decision: Decision) -> dict[str, Any]:
+    return {
+        "tying": list(decision.state),
+        "tying_reward": decision.reward,
+        "tying_event": decision.event,
+        "tying_epsilon": decision.statistics.get("epsilon"),
+        "independent_layers": len(set(decision.state)),
+    }
+
+
+def _give_each_layer_its_own(
+    layers: tuple[str, ...], _: nn.Module, state: dict[str, Any], prefix: str, __: Any
+) -> None:
+    """Put copies in a state dict for the weights that a layer shares, as who saves it wants."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if not name.removeprefix(prefix).startswith(layers) or isinstance(tensor, nn.Parameter):
+            continue  # who asks for parameters wants to see which are shared
+        if isinstance(tensor, Tensor) and tensor.data_ptr() in seen:
+            state[name] = tensor.clone()
+        elif isinstance(tensor, Tensor):
+            seen.add(tensor.data_ptr())
+
+
+def _leave_out_moments(sizes: list[int], _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer as it was made, so that one made alike can load it."""
+    groups = []
+    start = 0
+    for size, group in zip(sizes, state["param_groups"], strict=True):
+        kept = {key: value for key, value in group.items() if key != "param_names"}
+        groups.append({**kept, "params": list(range(start, start + size))})
+        start += size
+    return {**state, "state": {}, "param_groups": groups}

@@ -1,0 +1,151 @@
+"""The rows of the paper, each a ``TrainConfig``, at its scale or at one for a CPU.
+
+Scales:
+- ``paper``: GPT-2 of 48 layers x 1600, as published. Sequence length 256, batches of 16, learning
+  rate 1e-4, weight decay 0.01 and dropout 0.2 are those of the published code. Heads are GPT-2
+  XL's 25, steps, k and all of BERT, ViT and fine-tuning are our choice where a docstring does not
+  say otherwise: the paper's sources that we have do not give them.
+- ``small``: 12 layers x 128, a vocabulary of 4,096 and sequences of 128, so that a row takes
+  minutes on one CPU thread. Its figures compare with each other, not with the paper's.
+
+A row that starts from another row's run finds it beside its own, under that row's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layer_tying.data.glue import TASKS
+from layer_tying.runs.config import SHAPE, TrainConfig
+
+SCALES = ("small", "paper")
+TYINGS = {"keep": "fixed", "dynamic": "dqn", "none": "none"}  # of fine-tuning -> policy
+POLICY_OF = {"conventional": "none", "dynamic": "dqn"}
+GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
+BASE: dict[str, dict[str, Any]] = {
+    "small": {
+        **{"nlayers": 12, "nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"},
+        **{"batch_size": 8, "lr": 2e-3, "max_steps": 600, "every": 10, "eval_batches": 20},
+    },
+    "paper": {
+        **{"nlayers": 48, "nhead": 25, "emsize": 1600, "bptt": 256, "tokenizer": "gpt2"},
+        **{"batch_size": 16, "lr": 1e-4, "weight_decay": 0.01, "dropout": 0.2},
+        **{"max_steps": 50_000, "every": 50},
+    },
+}
+
+
+def recipes(scale: str, output_dir: str | None = None) -> dict[str, TrainConfig]:
+    """Every row by its name; a row that starts from another one's run comes after it.
+
+    Args:
+        scale: ``small`` or ``paper``.
+        output_dir: where the runs lie; ``runs/SCALE`` if None.
+    """
+    folder = output_dir or f"runs/{scale}"
+    sides = tuple(POLICY_OF)
+    rows = [
+        *(gpt2(dataset, side, scale, folder) for dataset in GPT2_DATASETS for side in sides),
+        final_from_the_start(scale, folder),
+        retrained(scale, folder),
+        permuted(scale, folder),
+        without_tying(scale, folder),
+        *(bert(side, scale, folder) for side in sides),
+        *(vit(side, scale, folder) for side in sides),
+        *(glue(task, tying, scale, folder) for task in TASKS for tying in TYINGS),
+    ]
+    return {row.exp: row for row in rows}
+
+
+def runs_first(config: TrainConfig) -> str | None:
+    """The recipe whose run a row starts from, if that run has not ended yet."""
+    if config.source is None or (Path(config.source) / "summary.json").exists():
+        return None
+    return Path(config.source).name
+
+
+def gpt2(dataset: str, side: str, scale: str, folder: str) -> TrainConfig:
+    """A language model, conventional or dynamic: two rows for each of the four data sets."""
+    return _row(f"gpt2-{dataset}-{side}", scale, folder, dataset=dataset, policy=POLICY_OF[side])
+
+
+def final_from_the_start(scale: str, folder: str) -> TrainConfig:
+    """Ablation: the architecture that the dynamic run ended with, from the first step on."""
+    return _row("gpt2-wiki2-final", scale, folder, **_after_dynamic(folder), policy="fixed")
+
+
+def retrained(scale: str, folder: str) -> TrainConfig:
+    """The pattern found, trained from scratch with another seed (the paper's reviewers asked)."""
+    return _row(
+        "gpt2-wiki2-retrained", scale, folder, **_after_dynamic(folder), policy="fixed", seed=1
+    )
+
+
+def permuted(scale: str, folder: str) -> TrainConfig:
+    """Ablation: the dynamic run's decisions, applied to a permutation of the layers."""
+    return _row(
+        "gpt2-wiki2-permuted", scale, folder, **_after_dynamic(folder), policy="recorded", permute=0
+    )
+
+
+def without_tying(scale: str, folder: str) -> TrainConfig:
+    """Ablation: the agent decides which layers are frozen, and nothing is copied."""
+    return _row("gpt2-wiki2-frozen", scale, folder, dataset="wiki2", policy="dqn", sharing="frozen")
+
+
+def bert(side: str, scale: str, folder: str) -> TrainConfig:
+    """BERT on masked tokens of WikiText-2.
+
+    At paper scale BERT-base, 12 layers x 768: what the published code builds (as a decoder).
+    """
+    changes: dict[str, Any] = {"family": "bert", "dataset": "wiki2", "policy": POLICY_OF[side]}
+    if scale == "paper":
+        changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
+    return _row(f"bert-wiki2-{side}", scale, folder, **changes)
+
+
+def vit(side: str, scale: str, folder: str) -> TrainConfig:
+    """ViT on CIFAR-10.
+
+    At paper scale 32 layers x 1280 with 16 heads (ViT-Huge, whose feed-forward width of 5,120 is
+    the published code's), on images of 32 x 32 in patches of 4 x 4, a decision every 10 steps.
+    """
+    changes: dict[str, Any] = {"family": "vit", "dataset": "cifar10", "policy": POLICY_OF[side]}
+    if scale == "paper":
+        changes |= {"nlayers": 32, "nhead": 16, "emsize": 1280, "batch_size": 20, "every": 10}
+    else:
+        changes |= {"batch_size": 16}
+    return _row(f"vit-cifar10-{side}", scale, folder, **changes)
+
+
+def glue(task: str, tying: str, scale: str, folder: str) -> TrainConfig:
+    """Fine-tuning of the WikiText-2 models for a task of GLUE.
+
+    ``keep`` and ``dynamic`` start from the dynamic run; ``none`` is the conventional run,
+    fine-tuned with all layers independent, against which the paper compares.
+    """
+    pretrained = gpt2("wiki2", "conventional" if tying == "none" else "dynamic", scale, folder)
+    changes = {name: getattr(pretrained, name) for name in SHAPE}
+    if scale == "paper":
+        changes |= {"max_steps": None, "epochs": 3, "lr": 2e-5, "dropout": 0.1}
+    else:
+        changes |= {"max_steps": 300, "lr": 3e-4}
+    return _row(
+        f"glue-{task}-{tying}",
+        scale,
+        folder,
+        **changes,
+        task=task,
+        policy=TYINGS[tying],
+        source=str(pretrained.folder),
+    )
+
+
+def _after_dynamic(folder: str) -> dict[str, Any]:
+    return {"dataset": "wiki2", "source": str(Path(folder) / "gpt2-wiki2-dynamic")}
+
+
+def _row(name: str, scale: str, folder: str, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {**BASE[scale], **changes, "exp": name, "output_dir": folder}
+    return TrainConfig(**settings)

@@ -1,0 +1,1 @@
+"""Decide which layers share weights."""

@@ -1,0 +1,194 @@
+"""A run folder's files: the configuration, a line a logged step, a line a decision, the summary."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from layer_tying.core.tying import Tying
+from layer_tying.dynamic import Decision
+from layer_tying.errors import InputError
+from layer_tying.runs.config import TrainConfig
+
+CONFIG, METRICS, DECISIONS, SUMMARY = "config.json", "metrics.jsonl", "tying.jsonl", "summary.json"
+
+
+class RunLog:
+    """Writes a run folder; a process that does not log (``active=False``) writes nothing."""
+
+    def __init__(self, folder: Path, active: bool = True) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self._active = active
+        self._lock: int | None = None
+
+    def hold(self) -> None:
+        """Make the run folder if need be, and keep other runs out of it until ``release``.
+
+        Raises:
+            InputError: if it cannot be made, or another run is in progress there.
+        """
+        if not self._active:
+            return
+        with self._writing(self.folder):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.checkpoints, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another run is in progress there") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        """Let other runs use the folder; the end of the process does so too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def start(self, config: TrainConfig, overwrite: bool) -> None:
+        """Begin a new run in the folder. What others have put there stays.
+
+        Raises:
+            InputError: if it cannot be written, or holds a run that may not be overwritten.
+        """
+        if not self._active:
+            return
+        files = [self.folder / name for name in (CONFIG, METRICS, DECISIONS, SUMMARY)]
+        if any(file.exists() for file in files) and not overwrite:
+            raise InputError(
+                f"{self.folder} holds a run: go on with --resume, replace it with --overwrite, "
+                f"or name another --exp"
+            )
+        with self._writing(self.folder):
+            for file in files:
+                file.unlink(missing_ok=True)
+            for saved in self.checkpoints.iterdir():
+                shutil.rmtree(saved)
+        self._write(CONFIG, config.to_json() + "\n")
+
+    def config(self) -> TrainConfig:
+        """The configuration of the run that is there.
+
+        Raises:
+            InputError: if there is none.
+        """
+        try:
+            return TrainConfig.from_json((self.folder / CONFIG).read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(f"{self.folder} holds no run (no {CONFIG})") from None
+
+    def metrics(self, **values: Any) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        self._append(METRICS, values)
+
+    def decision(self, **values: Any) -> None:
+        """Add a line to ``tying.jsonl``."""
+        self._append(DECISIONS, values)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, whole or not at all."""
+        self._write(SUMMARY, json.dumps(_finite(values), indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step: a run that goes on from there writes it again."""
+        if not self._active:
+            return
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        for name in (METRICS, DECISIONS):
+            if (self.folder / name).exists():
+                text = (self.folder / name).read_text(encoding="utf-8", errors="replace")
+                lines = text.splitlines(keepends=True)
+                self._write(name, "".join(line for line in lines if _step_of(line) <= step))
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        if self._active:
+            file = self.folder / name
+            with self._writing(file), file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(_finite(values)) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self._active:
+            temporary = self.folder / f".{name}.tmp"
+            with self._writing(self.folder / name):
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.folder / name)
+
+    @staticmethod
+    @contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def start_line(tying: Tying) -> dict[str, Any]:
+    """The first line of ``tying.jsonl``: the tying that the run starts from."""
+    return {"step": 0, "action": None, "state": tying.owners, "reward": None, "epsilon": None}
+
+
+def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
+    """A line of ``tying.jsonl``; the Q-matrix is large and goes with few of them."""
+    line = {
+        "step": decision.step,
+        "action": decision.action,
+        "state": decision.state,
+        "reward": decision.reward,
+        "epsilon": decision.statistics.get("epsilon"),
+    }
+    if decision.event:
+        line["event"] = decision.event
+    if with_q and "q" in decision.statistics:
+        line["q"] = decision.statistics["q"]
+    return line
+
+
+def late_reward(reward: float | None, event: str | None) -> dict[str, Any]:
+    """Added to a decision's line where the reward of the one before it has come only now."""
+    return {"previous_reward": reward} | ({"event": event} if event else {})
+
+
+def environment(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The versions and the hardware that a figure was measured with."""
+    is_cuda = device.type == "cuda"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    hardware = {
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    return {"versions": versions, "hardware": hardware}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON does not have become null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _step_of(line: str) -> float:
+    """The step of a logged line; infinite if the line is torn."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf

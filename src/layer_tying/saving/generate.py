@@ -1,0 +1,98 @@
+"""Text from a run or an export, by transformers' own ``generate`` with its KV cache.
+
+Each layer has a module, an index and a place in the cache of its own, so shared weights need no
+special care: cached and uncached decoding agree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.errors import InputError
+from layer_tying.saving.export import load, tokenizer_of
+
+USUAL_LENGTH = 100  # new tokens, where none are asked for and the context has room
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Go on from a prompt with a run's best weights, or with a compact export.
+
+    Args:
+        folder: the run folder, or the export with its tokenizer.
+        prompt: the text to go on from; where it is empty, a new document is begun.
+        max_new_tokens: the most tokens to add; by default 100, or as many as the context allows.
+        temperature: 1 samples from the model's distribution, less sharpens it, 0 takes the most
+            likely token.
+        top_k: sample among so many of the most likely tokens only.
+        seed: of the samples.
+
+    Returns:
+        The new text, without the prompt.
+
+    Raises:
+        InputError: if the model is not one that goes on from a text, or the context is too short.
+    """
+    if temperature < 0:
+        raise InputError(f"temperature is at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top-k is at least 1, got {top_k}")
+    tokenizer = tokenizer_of(folder)
+    model = load(folder)
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        raise InputError(f"{folder} holds a {type(model).__name__}, which does not generate text")
+    ids = tokenizer.encode(prompt).tolist()
+    if not ids and tokenizer.eos_id is not None:
+        ids = [tokenizer.eos_id]  # what stands between two documents
+    length = _new_tokens(len(ids), max_new_tokens, model.config.max_position_embeddings)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
+    model = model.to(Accelerator().device)  # type: ignore[arg-type]
+    inputs = torch.tensor([ids], device=model.device)
+    torch.manual_seed(seed)
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=length,
+        pad_token_id=tokenizer.pad_id,
+        use_cache=True,
+        **sampling,
+    )
+    TiedLayers(model).verify()
+    return tokenizer.decode(output[0, len(ids) :].tolist())
+
+
+def _new_tokens(num_prompt: int, asked: int | None, context: int) -> int:
+    """How many tokens to add, within the context."""
+    if num_prompt < 1:
+        raise InputError("the prompt is empty, and the tokenizer has no end-of-text to start from")
+    room = context - num_prompt
+    if room < 1:
+        raise InputError(
+            f"the prompt has {num_prompt} tokens and the model's context {context}: shorten it by "
+            f"{1 - room}, so that there is room for a new one"
+        )
+    if asked is None:
+        return min(USUAL_LENGTH, room)
+    if asked < 1:
+        raise InputError(f"max-new-tokens is at least 1, got {asked}")
+    if asked > room:
+        raise InputError(
+            f"{num_prompt} tokens of the prompt and {asked} new ones do not fit the model's "
+            f"context of {context}: ask for at most {room} new tokens"
+        )
+    return asked

@@ -1,0 +1,1 @@
+"""Data and a model make a loss and scores."""

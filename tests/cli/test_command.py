@@ -1,0 +1,278 @@
+"""The command, in real processes: the published flags, and one clear line for whatever is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from small_runs import Command, run_command, traces_of, write_text
+
+from layer_tying.cli.command import _config, _parser
+from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.train import train
+
+SMALL = (
+    *("--dataset", "text.txt", "--nlayers", "3", "--nhead", "2", "--emsize", "16"),
+    *("--bptt", "16", "--batch-size", "4", "--eval-batch-size", "8", "--eval-batches", "2"),
+    *("--precision", "fp32"),
+)
+FEW_STEPS = (*SMALL, "--max-steps", "12", "--every", "4", "--save-every", "6")
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    """A folder with a text in it, in which the command runs."""
+    write_text(tmp_path)
+    return tmp_path
+
+
+def complaint(here: Path, *arguments: str, **options) -> str:
+    """The one line that a command ends with that cannot do what it was asked for."""
+    code, out, err = run_command(*arguments, cwd=here, **options)
+    assert code == 2, (code, err)
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("layer-tying")
+    return line
+
+
+# What it does
+
+
+def test_the_published_command_line(here):
+    flags = "--bptt 16 --batch_size 4 --eval_batch_size 4 --dataset text.txt --nlayers 3 --lr 0.001"
+    flags += " --emsize 16 --nhead 2 --exp x --epochs 1"
+    parse = _parser().parse_args
+    hyphens = parse(["train", *flags.replace("_", "-").split()])
+    assert parse(["train", *flags.split()]) == hyphens
+    code, out, _ = run_command("train", *flags.split(), cwd=here)
+    assert code == 0
+    assert re.match(r"perplexity \d+\.\d{3} on test.* of 3 layers independent", out)
+    assert (here / "runs/x/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    config = json.loads((here / "runs/x/config.json").read_text())
+    given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
+    given |= {"nlayers": 3, "lr": 0.001, "emsize": 16, "nhead": 2, "exp": "x", "epochs": 1}
+    assert {key: config[key] for key in given} == given
+    assert config["policy"] == "bandit"
+    steps = json.loads((here / "runs/x/summary.json").read_text())["steps"]
+    num_bytes = len((here / "text.txt").read_bytes())
+    assert steps == pytest.approx(0.9 * num_bytes / 16 / 4, abs=2)
+
+
+def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
+    assert run_command("train", *FEW_STEPS, "--exp", "ä run", cwd=here)[0] == 0
+    run = here / "runs/ä run"
+    summary = json.loads((run / "summary.json").read_text())
+    for split in ("validation", "test"):
+        code, out, _ = run_command("evaluate", "runs/ä run", "--split", split, cwd=here)
+        assert code == 0
+        scores = json.loads(out)
+        assert scores["bits_per_byte"] == summary[f"{split}_bits_per_byte"]
+        assert scores == {name: summary[f"{split}_{name}"] for name in scores}
+    code, out, _ = run_command("report", "runs/ä run", "--output", "page.html", cwd=here)
+    assert code == 0
+    assert f"{summary['validation_perplexity']:.4}"[:4] in out
+    assert (here / "page.html").exists()
+
+    # A run that is there is neither replaced nor continued as another, unless told.
+    before = traces_of(run)
+    again = ("train", *FEW_STEPS, "--exp", "ä run", "--lr", "0.5")
+    line = complaint(here, *again)
+    assert re.search(r"runs/ä run holds a run: .*--resume.*--overwrite.*--exp", line)
+    line = complaint(here, *again, "--resume")
+    assert "cannot resume runs/ä run with another configuration: lr is 0.003" in line
+    assert traces_of(run) == before
+    assert run_command(*again, "--overwrite", cwd=here)[0] == 0
+    assert traces_of(run) != before
+
+
+def test_help_names_every_setting(here):
+    code, out, err = run_command("train", "--help", cwd=here)
+    assert (code, err) == (0, "")
+    missing = [
+        each.name
+        for each in fields(TrainConfig)
+        if f"--{(each.metadata['name'] or each.name).replace('_', '-')}" not in out
+    ]
+    assert missing in ([], ["task"])  # which the command `finetune` takes
+    listing = run_command("--help", cwd=here)[1]
+    assert all(name in listing for name in ("train", "compare", "evaluate", "report"))
+
+
+def test_compare(here):
+    """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
+    flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
+    flags += ("--budget-layers", "3", "--layer-price", "0.1")  # conventional training has neither
+    none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
+    command = Command(*flags, cwd=here)
+    wait_for(lambda: any(none.glob("checkpoints/step-*")))
+    os.kill(command.process.pid, signal.SIGTERM)
+    code, _, err = command.ended()
+    assert code == 130
+    assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
+    assert not dqn.exists()
+
+    for ended in ([], [none, dqn, bandit]):
+        before = [(run / "summary.json").stat().st_mtime_ns for run in ended]
+        code, out, err = run_command(*flags, "--resume", cwd=here)
+        assert code == 0, err
+        assert [(run / "summary.json").stat().st_mtime_ns for run in ended] == before
+        table = [line for line in out.splitlines() if line.startswith("|")]
+        assert len(table) == 5  # head, rule, three runs
+        assert "conventional" in table[2]
+        assert "dynamic" in table[3]
+        assert "bandit" in table[4]
+    assert (here / "runs/c/report.html").exists()
+    configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
+    different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert different == {"policy", "exp", "budget_layers"}
+
+    # What cannot go on is said at once, not after the first of the runs.
+    assert "holds a run" in complaint(here, *flags)
+    assert "lr is 0.003 in one and 0.5" in complaint(here, *flags, "--lr", "0.5", "--resume")
+    assert "policy" in complaint(here, *flags, "--policies", "none,dqm")
+
+
+# How it ends
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def left_alone(here, monkeypatch):
+    """The traces of a run that nothing happens to, in this process."""
+
+    def run(*arguments: str) -> dict:
+        monkeypatch.chdir(here)
+        config = _config(_parser().parse_args(arguments))
+        train(replace(config, exp="left-alone"))
+        return traces_of(here / "runs/left-alone")
+
+    return run
+
+
+def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here, left_alone):
+    """The real thing: another process, and whatever instant the signal happens to come."""
+    flags = ("train", *SMALL, "--max-steps", "80", "--every", "10", "--save-every", "10")
+    expected = left_alone(*flags)
+    assert expected["metrics"][-1]["step"] == 80
+
+    killed = (*flags, "--exp", "killed")
+    with subprocess.Popen([sys.executable, "-m", "layer_tying", *killed], cwd=here) as process:
+        wait_for(lambda: any(here.glob("runs/killed/checkpoints/step-*")))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    stopped = (*flags, "--exp", "stopped")
+    command = Command(*stopped, cwd=here)
+    wait_for(lambda: any(here.glob("runs/stopped/checkpoints/step-*")))
+    os.kill(command.process.pid, signal.SIGINT)
+    code, _, err = command.ended()
+    assert code == 130
+    assert re.search(r"stopped at step \d+ of 80; .*--resume", err.splitlines()[-1])
+
+    for arguments in (killed, stopped):
+        assert not (here / "runs" / arguments[-1] / "summary.json").exists()
+        assert run_command(*arguments, "--resume", cwd=here)[0] == 0
+        assert traces_of(here / "runs" / arguments[-1]) == expected
+
+
+def test_a_full_disk_while_saving(here, left_alone):
+    """Then, with room, the run goes on; and the numbers are those of a run left alone."""
+    code, out, err = run_command("train", *FEW_STEPS, cwd=here, file_limit=30_000)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("layer-tying: cannot write the checkpoint")
+    assert "File too large" in last
+    left = [file for file in (here / "runs/run").rglob("*") if file.is_file()]
+    assert not [file for file in left if "tmp" in str(file.relative_to(here))]
+    assert run_command("train", *FEW_STEPS, "--resume", cwd=here)[0] == 0
+    assert traces_of(here / "runs/run") == left_alone("train", *FEW_STEPS)
+
+
+# What it refuses
+
+WRONG = {
+    "no-command": ((), "required"),
+    "unknown-command": (("trian",), "trian"),
+    "unknown-flag": (("train", "--layers", "3"), "--layers"),
+    "not-a-number": (("train", "--lr", "fast"), "'fast'"),
+    "not-a-whole-number": (("train", "--nlayers", "3.5"), "'3.5'"),
+    "no-value": (("train", "--lr"), "--lr"),
+    "unknown-policy": (("train", "--policy", "dqm"), "dqm"),
+    "unknown-data": (("train", "--dataset", "wiki3"), "pydocs, shake, ptb, wiki2"),
+    "unknown-images": (("train", "--family", "vit", "--dataset", "cats"), "digits, cifar10"),
+    "missing-file": (("train", "--dataset", "no/such.txt"), "no/such.txt"),
+    "empty-file": (("train", "--dataset", "empty.txt"), "empty.txt: the file is empty"),
+    "binary-file": (("train", "--dataset", "binary.txt"), "binary.txt: binary file"),
+    "empty-folder": (("train", "--dataset", "empty"), "empty: the folder holds no text"),
+    "short-validation": (("train", "--dataset", "tiny.txt", "--bptt", "16"), "nothing to predict"),
+    "short-masked": (
+        ("train", "--dataset", "small.txt", "--bptt", "16", "--family", "bert"),
+        "nothing to predict in the 2 tokens of the test split",
+    ),
+    "both": (("train", "--resume", "--overwrite"), "--overwrite: not allowed with argument"),
+    "short-text": (("train", *SMALL, "--bptt", "100000"), "shorter than one sequence"),
+    "heads": (("train", "--emsize", "30", "--nhead", "4"), "30 is not divisible by nhead 4"),
+    "one-layer": (("train", "--nlayers", "1"), "nlayers is at least 2, got 1"),
+    "k-of-nothing": (("train", "--every", "0"), "every is at least 1, got 0"),
+    "k-too-large": (("train", "--every", "20", "--max-steps", "10"), "every 20 is more than"),
+    "k-over-epochs": (("train", *SMALL, "--every", "999"), "every 999 is more than"),
+    "negative-rate": (("train", "--lr", "-0.1"), "lr is more than 0, got -0.1"),
+    "negative-batch": (("train", "--batch-size", "-4"), "batch_size is at least 1, got -4"),
+    "infinite-rate": (("train", "--lr", "inf"), "lr is a finite number"),
+    "bad-tokenizer": (("train", "--dataset", "text.txt", "--tokenizer", "bpe:7"), "bpe:N"),
+    "bad-owners": (("train", *SMALL, "--policy", "fixed", "--owners", "0,2"), "--owners"),
+    "nothing-to-resume": (("train", *SMALL, "--resume"), "runs/run holds no run"),
+    "outside": (("train", *SMALL, "--exp", "../x"), "'../x'"),
+    "output-is-a-file": (("train", *SMALL, "--output-dir", "text.txt"), "text.txt/run"),
+    "output-is-read-only": (("train", *SMALL, "--output-dir", "/proc/x"), "/proc/x/run"),
+    "name-too-long": (("train", *SMALL, "--exp", "x" * 300), "File name too long"),
+    "no-data-folder": (("train", "--dataset", "ptb", "--data-dir", "nowhere"), "nowhere"),
+    "evaluate-nothing": (("evaluate", "empty"), "empty holds no run"),
+    "report-nothing": (("report", "empty"), "empty"),
+    "too-large": (("train", *SMALL, "--emsize", "2000000"), "memory"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(here, name):
+    arguments, said = WRONG[name]
+    (here / "empty.txt").write_text("")
+    (here / "binary.txt").write_bytes(bytes(range(256)))
+    text = (here / "text.txt").read_text()
+    (here / "tiny.txt").write_text(text[:20])
+    (here / "small.txt").write_text(text[:60])
+    (here / "empty").mkdir()
+    assert said in complaint(here, *arguments)
+    assert not [file for file in here.rglob("runs/**/*") if file.is_file()]
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler(here, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here / "cache"))
+    command = [sys.executable, "-m", "layer_tying", "train", *FEW_STEPS, "--compile"]
+    result = subprocess.run(command, check=False, cwd=here, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--compile needs a C++ compiler" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(here):
+    (here / "runs").mkdir(mode=0o500)
+    assert "Permission denied" in complaint(here, "train", *SMALL)

@@ -1,0 +1,281 @@
+"""Tying and untying the layers of a live model: state, storage and optimizer agree, always."""
+
+import copy
+import random
+
+import pytest
+import torch
+from checks import (
+    assert_books_agree,
+    assert_storage_is,
+    fake_step,
+    parameters_of,
+    train_step,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import Plain, gpt2, gpt_neo, llama, loss_of, random_tying, t5, tokens
+from torch import nn
+
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
+
+MODELS = [Plain, gpt2]
+T5_LISTS = {"layers": ["encoder.block", "decoder.block"], "untied": ["*relative_attention_bias*"]}
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_500_random_transitions_against_a_simulation(make):
+    """Layers, weights and moments after each of them are those of a model that never shares."""
+    torch.manual_seed(0)
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    layers = TiedLayers(model, optimizer)
+    fake_step(optimizer, generator)
+
+    def snapshot(of):
+        return [torch.cat([of(p).flatten() for p in ps]).clone() for ps in parameters_of(model)]
+
+    for transition in range(500):
+        tying = random_tying(rng, 6)
+        weights = snapshot(torch.Tensor.detach)
+        moments = snapshot(lambda p: optimizer.state[p]["exp_avg_sq"])
+        layers.apply(tying)
+        layers.verify()
+        assert layers.tying == tying
+        assert_storage_is(model, tying)
+        assert_books_agree(model, optimizer)
+        now = zip(
+            snapshot(torch.Tensor.detach),
+            snapshot(lambda p: optimizer.state[p]["exp_avg_sq"]),
+            tying.owners,
+            strict=True,
+        )
+        for values, squares, owner in now:
+            assert torch.equal(values, weights[owner])
+            assert torch.equal(squares, moments[owner])
+        if transition % 50 == 0:
+            train_step(model, optimizer, seed=transition)
+        else:
+            fake_step(optimizer, generator)
+        assert_storage_is(model, tying)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_untying_leaves_the_logits_unchanged_bitwise(make, data):
+    """A transition in which groups only split changes no weight that any layer uses."""
+    torch.manual_seed(0)
+    model = make().eval()
+    layers = TiedLayers(model)
+    labels = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+    finer = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+    x = torch.randn(2, 4, 8) if make is Plain else tokens()
+    layers.apply(Tying.from_labels(labels))
+    before = model(x)
+    layers.apply(Tying.from_labels(zip(labels, finer, strict=True)))
+    after = model(x)
+    if make is gpt2:
+        before, after = before.logits, after.logits
+    assert torch.equal(before, after)
+
+
+def test_an_owner_leaves_its_group_and_the_rest_keep_its_storage():
+    """0 1 1 1 4 -> 0 0 2 2 0: layers 2 and 3 go on with layer 1's very parameters, uncopied."""
+    model = Plain(5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = TiedLayers(model, optimizer)
+    layers.apply(Tying((0, 1, 1, 1, 4)))
+    train_step(model, optimizer)
+    of_0, of_1, _, _, of_4 = [list(ps) for ps in parameters_of(model)]
+    states = [dict(optimizer.state[p]) for p in of_1]
+    layers.apply(Tying((0, 0, 2, 2, 0)))
+    now = parameters_of(model)
+    for layer, expected in enumerate([of_0, of_0, of_1, of_1, of_0]):
+        assert all(mine is its for mine, its in zip(now[layer], expected, strict=True))
+    assert all(optimizer.state[p] == s for p, s in zip(of_1, states, strict=True))
+    assert not any(p in optimizer.state for p in of_4)
+    assert_books_agree(model, optimizer)
+
+
+def test_a_chain_of_ties_ends_at_its_root():
+    """1 goes to 0 while 2 goes to 1 and 3 to 2: all are layer 0's, not 1's or 2's old weights."""
+    model = Plain(4)
+    first = parameters_of(model)[0]
+    TiedLayers(model).apply(Tying.from_action([0, 0, 1, 2]))
+    assert all(ps[k] is first[k] for ps in parameters_of(model) for k in range(len(first)))
+
+
+def test_groups_that_exchange_members_take_their_weights_from_before():
+    """0 1 0 1 -> 0 0 2 2: layer 3 leaves layer 1's group for layer 2, which splits from layer 0."""
+    model = Plain(4)
+    layers = TiedLayers(model)
+    layers.apply(Tying((0, 1, 0, 1)))
+    of_0 = [p.detach().clone() for p in parameters_of(model)[0]]
+    layers.apply(Tying((0, 0, 2, 2)))
+    now = parameters_of(model)
+    assert all(torch.equal(now[layer][k], of_0[k]) for layer in range(4) for k in range(len(of_0)))
+    assert_storage_is(model, Tying((0, 0, 2, 2)))
+
+
+def test_a_tying_that_does_not_fit_changes_nothing():
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters())
+    layers = TiedLayers(model, optimizer)
+    groups = [list(g["params"]) for g in optimizer.param_groups]
+    with pytest.raises(InputError, match="7 layers does not fit a model of 6"):
+        layers.apply(Tying.all_tied(7))
+    assert layers.tying == Tying.independent(6)
+    assert_storage_is(model, Tying.independent(6))
+    for group, params in zip(optimizer.param_groups, groups, strict=True):
+        assert all(a is b for a, b in zip(group["params"], params, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient": "mean"}, {"moments": "zero"}], ids=["gradient", "moments"]
+)
+def test_unknown_options_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options.values()))):
+        TiedLayers(Plain(), **options)
+
+
+# Other models
+
+
+def test_t5_ties_within_encoder_and_decoder():
+    model = t5()
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = TiedLayers(model, optimizer, by_kind=True, **T5_LISTS)
+    assert layers.rules.tightest == Tying((0, 0, 0, 3, 3, 3))
+    with pytest.raises(InputError, match="layer 3 cannot use the weights of layer 0"):
+        layers.apply(Tying.all_tied(6))
+    rng = random.Random(0)
+    for _ in range(10):
+        action = [rng.choice(layers.rules.choices(i)) for i in range(6)]
+        layers.apply(Tying.from_action(action))
+        layers.verify()
+        assert_books_agree(model, optimizer)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gpt_neo_ties_within_its_kinds_of_attention():
+    model = gpt_neo()
+    layers = TiedLayers(model, by_kind=True)
+    layers.apply(layers.rules.tightest)
+    weight = [block.mlp.c_fc.weight for block in model.transformer.h]
+    assert weight[0] is weight[2] and weight[1] is weight[3] and weight[0] is not weight[1]
+    loss_of(model).backward()
+    with pytest.raises(InputError, match="layer 1 cannot use the weights of layer 0"):
+        layers.apply(Tying((0, 0, 2, 3)))
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("owners", [(0, 0, 0, 0, 0, 0), (0, 1, 1, 0, 4, 1)])
+def test_generation_with_a_cache_equals_generation_without(make, owners):
+    torch.manual_seed(0)
+    model = make().eval()
+    TiedLayers(model).apply(Tying(owners))
+    prompt = tokens(batch=2, length=5)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached = model.generate(prompt, use_cache=True, **options)
+    uncached = model.generate(prompt, use_cache=False, **options)
+    assert cached.sequences.shape == (2, 17)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    for a, b in zip(cached.logits, uncached.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# Interference from outside
+
+
+def test_storage_that_was_changed_from_outside_is_noticed():
+    """``load_state_dict(assign=True)`` gives every layer weights of its own."""
+    model = Plain()
+    layers = TiedLayers(model)
+    layers.apply(Tying.all_tied(6))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(AssertionError, match="storage"):
+        layers.verify()
+    with pytest.raises(InputError, match=r"load_state_dict\(assign=True\)"):
+        layers.apply(Tying.independent(6))
+
+
+def test_verify_notices_parameters_that_share_memory_without_being_one():
+    """What the published code does: ``modified.data = copied.data``."""
+    model = Plain()
+    layers = TiedLayers(model)
+    layers.verify()
+    model.blocks[2].scale.data = model.blocks[1].scale.data
+    with pytest.raises(AssertionError, match="memory"):
+        layers.verify()
+
+
+def test_verify_notices_an_optimizer_that_is_out_of_step():
+    model = Plain(2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = TiedLayers(model, optimizer)
+    group = optimizer.param_groups[0]["params"]
+    stranger = nn.Parameter(torch.zeros(1))
+    group.append(stranger)
+    with pytest.raises(AssertionError, match="no layer uses"):
+        layers.verify()
+    group[-1] = group[0]
+    with pytest.raises(AssertionError, match="twice"):
+        layers.verify()
+    group.pop()
+    optimizer.state[stranger] = {}
+    with pytest.raises(AssertionError, match="dead moments"):
+        layers.verify()
+    del optimizer.state[stranger]
+    layers.verify()
+    del group[-1]
+    with pytest.raises(AssertionError, match="lost"):
+        layers.verify()
+
+
+def test_weights_are_loaded_through_any_of_their_names():
+    model, other = Plain(), Plain()
+    for each in (model, other):
+        TiedLayers(each).apply(Tying((0, 0, 2, 2, 2, 0)))
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 4, 8)
+    assert torch.equal(model(x), other(x))
+    assert_storage_is(other, Tying((0, 0, 2, 2, 2, 0)))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_a_group_goes_on_with_what_most_of_its_layers_used(seed, num_before, num_after):
+    rng = random.Random(seed)
+    model = Plain()
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = TiedLayers(model, optimizer, inherit="majority")
+    num_layers = layers.tying.num_layers
+    before = Tying.from_labels([rng.randrange(num_before) for _ in range(num_layers)])
+    layers.apply(before)
+    fake_step(optimizer, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for owner in before.independent_layers:
+            for parameter in layers.parameters(owner).values():
+                parameter.fill_(owner)
+                optimizer.state[parameter]["exp_avg"].fill_(owner)
+    after = Tying.from_labels([rng.randrange(num_after) for _ in range(num_layers)])
+    layers.apply(after)
+    layers.verify()
+    for owner, members in after.groups.items():
+        used = [before.owners[member] for member in members]
+        expected = max(used, key=lambda old: (used.count(old), -used.index(old)))
+        for parameter in layers.parameters(owner).values():
+            assert (parameter == expected).all()
+            assert (optimizer.state[parameter]["exp_avg"] == expected).all()
+
+
+def test_an_unknown_way_to_inherit_is_refused():
+    with pytest.raises(InputError, match="inherit is 'first' or 'majority', got 'last'"):
+        TiedLayers(Plain(), inherit="last")

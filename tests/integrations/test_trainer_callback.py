@@ -1,0 +1,357 @@
+"""The callback of transformers' Trainer: ties, saves, and goes on exactly where it stopped."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_models import gpt2, llama, tokens
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from layer_tying import DynamicTying, InputError, RandomPolicy, TiedLayers, Tying
+from layer_tying.integrations.trainer import FOLDER, DynamicTyingCallback, _batch_reward
+
+STEPS = 12
+
+
+class Sequences(Dataset):
+    """32 sequences that the model can learn: each counts up from its own number."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(8) + index) % 40
+        return {"input_ids": ids, "labels": ids}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([Sequences()[i] for i in range(32)] * 4)
+
+
+class Verify(TrainerCallback):
+    """After every step: state, storage and optimizer agree."""
+
+    def __init__(self, tying: DynamicTyingCallback, stop_at: int | None = None) -> None:
+        self.tying, self.stop_at, self.owners = tying, stop_at, []
+
+    def on_step_end(self, args, state, control, **at_hand):
+        dynamic = self.tying.dynamic
+        dynamic.layers.verify()
+        model = at_hand["model"]
+        held = {id(p) for group in at_hand["optimizer"].param_groups for p in group["params"]}
+        assert held == {id(p) for p in model.parameters() if p.requires_grad}
+        self.owners.append(dynamic.tying.owners)
+        if state.global_step == self.stop_at:
+            control.should_training_stop = True
+
+
+class Plainest(nn.Module):
+    """Not one of transformers' models, yet the Trainer takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.head = nn.Linear(8, 40)
+
+    def forward(self, input_ids, labels=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        logits = self.head(x)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def with_dropout() -> transformers.GPT2LMHeadModel:
+    model = gpt2()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+def trainer(
+    folder: Path,
+    callback: DynamicTyingCallback,
+    *,
+    make=with_dropout,
+    model_seed: int = 0,
+    stop_at: int | None = None,
+    **changes,
+) -> Trainer:
+    torch.manual_seed(model_seed)
+    model = make()
+    settings = {
+        **{"output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4},
+        **{"use_cpu": True, "disable_tqdm": True, "report_to": [], "learning_rate": 1e-2},
+        **{"logging_steps": 1, "save_steps": 5, "eval_steps": 3, "seed": 7},
+    }
+    data = changes.pop("train_dataset", Sequences())
+    return Trainer(
+        model,
+        TrainingArguments(**(settings | changes)),
+        train_dataset=data,
+        eval_dataset=Sequences(),
+        callbacks=[callback, Verify(callback, stop_at)],
+    )
+
+
+def callback(**changes) -> DynamicTyingCallback:
+    return DynamicTyingCallback(**({"every": 2} | changes))
+
+
+def history(run: Trainer) -> list[dict[str, object]]:
+    """All that is logged but times, and the run's name."""
+    kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step")
+    kept += ("tying", "tying_reward", "tying_epsilon", "independent_layers")
+    entries = [{key: entry.get(key) for key in kept} for entry in run.state.log_history]
+    return [entry for entry in entries if len([v for v in entry.values() if v is not None]) > 1]
+
+
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in run.model.named_parameters(remove_duplicate=False)}
+
+
+def moments(run: Trainer) -> dict[str, dict[str, torch.Tensor]]:
+    state = run.optimizer.state
+    return {name: state[p] for name, p in run.model.named_parameters()}
+
+
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+CASES = {
+    "agent": ({}, {}),
+    "evaluations": ({"reward": "eval_loss"}, {"eval_strategy": "steps"}),
+    "random, pretrained": ({"policy": RandomPolicy, "initial": "none"}, {"make": llama}),
+    "budget": ({"max_independent": 2, "gradient": "owner"}, {"optim": "adafactor"}),
+    "accumulation": ({}, {"optim": "sgd", "gradient_accumulation_steps": 2, "bf16": True}),
+    "not transformers": ({}, {"make": Plainest}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
+    options, changes = CASES[name]
+
+    def fresh() -> DynamicTyingCallback:
+        given = dict(options)
+        if "policy" in given:
+            given["policy"] = given["policy"](seed=3)
+        return callback(**given)
+
+    whole = trainer(tmp_path / "whole", fresh(), **changes)
+    whole.train()
+    broken = trainer(tmp_path / "broken", fresh(), stop_at=8, **changes)
+    broken.train()  # its last checkpoint is of step 5
+    resumed = trainer(tmp_path / "broken", fresh(), model_seed=1, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed) == history(whole)
+    assert_equal(weights(resumed), weights(whole))
+    assert_equal(moments(resumed), moments(whole))
+    owners = [entry["tying"] for entry in history(whole) if entry["tying"]]
+    assert len(owners) == STEPS // 2 + 1 and len({tuple(o) for o in owners}) > 3
+    rewards = [e for e in history(whole) if e["tying_reward"] is not None]
+    assert bool(rewards) == ("policy" not in options)
+
+
+def test_a_checkpoint_is_a_plain_model_for_anyone_else(tmp_path):
+    run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=10)
+    run.train()
+    loaded, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "checkpoint-10", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert len(TiedLayers(run.model).tying.groups) < 6
+    assert torch.equal(loaded(tokens()).logits, run.model.eval()(tokens()).logits)
+    run.save_model(str(tmp_path / "saved"))
+    one = load_file(tmp_path / "saved" / "model.safetensors")
+    other = load_file(tmp_path / "checkpoint-10" / "model.safetensors")
+    assert_equal(one, other)
+
+
+def test_our_part_of_a_checkpoint_holds_each_weight_once(tmp_path):
+    run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=5)
+    run.train()
+    folder = tmp_path / "checkpoint-5" / FOLDER
+    assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", ""}
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == dict(run.model.named_parameters()).keys()
+    state = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=True)
+    assert state["state"] == {}
+    assert run.optimizer.state_dict()["state"], "that is how it is saved, not how it is"
+
+
+def test_the_best_weights_come_back_with_their_tying(tmp_path):
+    seen = {}
+
+    class Record(TrainerCallback):
+        def on_save(self, args, state, control, **at_hand):
+            model = at_hand["model"].eval()
+            seen[state.global_step] = (TiedLayers(model).tying, model(tokens()).logits.detach())
+
+    ours = callback(policy=RandomPolicy(1), every=1)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 3}
+    run = trainer(tmp_path, ours, max_steps=9, lr_scheduler_type="constant", **best)
+    run.args.learning_rate = 0.3  # it gets worse, so that the best is not the last
+    run.add_callback(Record())
+    run.train()
+    step = run.state.best_global_step
+    tying, logits = seen[step]
+    assert step < 9 and tying != seen[9][0]
+    assert ours.dynamic.tying == TiedLayers(run.model).tying == tying
+    assert torch.equal(run.model.eval()(tokens()).logits, logits)
+
+
+def test_a_model_that_comes_tied_is_resumed_too(tmp_path):
+    def make():
+        model = gpt2()
+        TiedLayers(model).apply(Tying((0, 0, 0, 3, 3, 3)))
+        return model
+
+    def fresh():
+        return callback(initial="keep", policy=RandomPolicy(0), every=3)
+
+    whole = trainer(tmp_path / "whole", fresh(), make=make)
+    whole.train()
+    trainer(tmp_path / "broken", fresh(), make=make, stop_at=6).train()
+    resumed = trainer(tmp_path / "broken", fresh(), make=make, model_seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(whole)[0]["tying"] == [0, 0, 0, 3, 3, 3]
+    assert history(resumed) == history(whole)
+    assert_equal(weights(resumed), weights(whole))
+
+
+def test_training_once_more_goes_on_from_what_there_is(tmp_path):
+    ours = callback(policy=RandomPolicy(0))
+    run = trainer(tmp_path, ours)
+    run.train()
+    tying, before = ours.dynamic.tying, {n: w.clone() for n, w in weights(run).items()}
+    assert tying.num_independent > 1
+    run.args.learning_rate = 0.0
+    run.args.max_steps = 1
+    run.train()
+    first = next(e["tying"] for e in run.state.log_history if "tying" in e)
+    assert first == list(tying.owners), "its layers are not tied down once more"
+    assert before.keys() == weights(run).keys()
+
+
+def test_a_pretrained_model_is_not_changed_before_the_first_decision(tmp_path):
+    ours = callback(initial="none", every=100)
+    run = trainer(tmp_path, ours, make=gpt2, max_steps=1)
+    before = run.model.eval()(tokens()).logits
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **at_hand):
+            assert torch.equal(at_hand["model"].eval()(tokens()).logits, before)
+            assert ours.dynamic.tying == Tying.independent(6)
+
+    run.add_callback(Look())
+    run.train()
+
+
+def test_the_reward_is_a_batchs_loss_and_draws_no_random_number_of_the_trainings(
+    tmp_path, monkeypatch
+):
+    ours = callback()
+    run = trainer(tmp_path, ours, make=gpt2, max_steps=1)
+    run.train()
+    loader = run.get_train_dataloader()
+    state, model = torch.get_rng_state(), run.model.eval()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's too"))
+    rewards = [_batch_reward(run.args, run.state, model, loader) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rewards[0] == rewards[1] and not model.training
+    run.state.global_step = 2
+    assert _batch_reward(run.args, run.state, model, loader) != rewards[0], "another batch"
+    losses = torch.stack(
+        [
+            model(s["input_ids"][None], labels=s["labels"][None]).loss
+            for s in (Sequences()[i] for i in range(32))
+        ]
+    )
+    assert losses.min() <= -rewards[0] <= losses.max()
+
+
+def test_later_rewards_are_learned_from_once(tmp_path):
+    ours = callback(reward="eval_loss", every=4)
+    run = trainer(tmp_path, ours, eval_strategy="steps", eval_steps=2, max_steps=9)
+    run.train()
+    rewards = [(e["step"], e["tying_reward"]) for e in history(run) if e["tying_reward"]]
+    losses = {e["step"]: e["eval_loss"] for e in history(run) if e["eval_loss"]}
+    assert rewards == [(step, -losses[step]) for step in (2, 6, 9)], "decisions: 1, 5 and 9"
+    assert set(losses) > {2, 6, 9}
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "says"),
+    [
+        ({}, {"train_dataset": Stream()}, "take reward='eval_loss'"),
+        ({"reward": "eval_loss"}, {}, r"set args\.eval_strategy"),
+        ({"max_independent": 2, "initial": "none"}, {}, "over the budget of 2"),
+        ({"layers": "nowhere"}, {}, "no module 'nowhere'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_training_starts(options, changes, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        trainer(tmp_path, callback(**options), **changes).train()
+
+
+def test_a_stream_is_fine_with_evaluations(tmp_path):
+    ours = callback(reward="eval_loss")
+    changes = {"train_dataset": Stream(), "eval_strategy": "steps", "max_steps": 6}
+    run = trainer(tmp_path, ours, **changes)
+    run.train()
+    assert any(entry["tying_reward"] for entry in history(run))
+
+
+def test_several_devices_are_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path, callback())
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(InputError, match="2 devices"):
+        callback().on_train_begin(
+            run.args, run.state, run.control, train_dataloader=None, model=run.model
+        )
+
+
+def test_an_unknown_reward_is_refused():
+    with pytest.raises(InputError, match="'batch' or 'eval_loss', got 'loss'"):
+        DynamicTyingCallback(reward="loss")
+
+
+def test_a_checkpoint_without_our_part_or_of_another_run_is_refused(tmp_path):
+    trainer(tmp_path / "a", callback(), max_steps=5).train()
+    trainer(tmp_path / "b", callback(), max_steps=5).train()
+    shutil.copytree(tmp_path / "a" / "checkpoint-5", tmp_path / "moved")
+    elsewhere = trainer(tmp_path / "b", callback())
+    with pytest.raises(InputError, match=r"name the checkpoint's folder in args\.resume_from"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "moved"))
+    named = trainer(tmp_path / "b", callback(), resume_from_checkpoint=str(tmp_path / "moved"))
+    named.train(resume_from_checkpoint=str(tmp_path / "moved"))
+    assert named.state.global_step == STEPS
+    shutil.rmtree(tmp_path / "a" / "checkpoint-5" / FOLDER)
+    with pytest.raises(InputError, match="resumed at step 5 has tied layers"):
+        trainer(tmp_path / "a", callback()).train(resume_from_checkpoint=True)
+
+
+def test_a_conventional_run_is_tied_from_where_it_is_resumed(tmp_path):
+    torch.manual_seed(0)
+    data = {"train_dataset": Sequences(), "eval_dataset": Sequences()}
+    args = trainer(tmp_path, callback(), max_steps=5).args
+    Trainer(gpt2(), args, **data).train()
+    ours = callback(initial="none")
+    run = trainer(tmp_path, ours, make=gpt2)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == STEPS
+    assert isinstance(ours.dynamic, DynamicTying)

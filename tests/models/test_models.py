@@ -1,0 +1,305 @@
+"""Models built tied: the same as transformers builds, but that tied layers never get storage."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from layer_tying.core.find import find_layers
+from layer_tying.core.residual_scale import damp_shared_layers
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
+from layer_tying.models.build import build_model, image_config, language_config, model_class
+
+transformers.logging.set_verbosity_error()
+NUM_LAYERS = 4
+SOME_TIED = Tying((0, 0, 2, 0))
+
+
+def config_of(kind: str, num_layers: int = NUM_LAYERS, width: int = 32):
+    if kind == "vit":
+        return image_config(
+            num_layers=num_layers,
+            num_heads=2,
+            hidden_size=width,
+            image_size=8,
+            num_channels=1,
+            class_names=["cat", "dog", "ox"],
+        )
+    return language_config(
+        kind.partition("-")[0],
+        num_layers=num_layers,
+        num_heads=2,
+        hidden_size=width,
+        vocab_size=60,
+        max_length=16,
+        eos_id=58,
+        pad_id=59,
+        causal=kind != "bert-masked",
+    )
+
+
+CLASSES = {
+    "gpt2": transformers.GPT2LMHeadModel,
+    "llama": transformers.LlamaForCausalLM,
+    "bert-masked": transformers.BertForMaskedLM,
+    "bert-causal": transformers.BertLMHeadModel,
+    "vit": transformers.ViTForImageClassification,
+}
+KINDS = pytest.mark.parametrize("kind", CLASSES)
+TYINGS = pytest.mark.parametrize(
+    "tying", [Tying.all_tied(NUM_LAYERS), SOME_TIED, Tying.independent(NUM_LAYERS)], ids=str
+)
+
+
+def build(kind: str, tying: Tying = SOME_TIED, seed: int = 0, **options):
+    torch.manual_seed(seed)
+    return build_model(config_of(kind), tying, **options).eval()
+
+
+def plain(kind: str, seed: int = 0):
+    """What transformers builds, with no help of the library."""
+    torch.manual_seed(seed)
+    return CLASSES[kind](config_of(kind)).eval()
+
+
+def inputs_for(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(2, 1, 8, 8, generator=generator)}
+    return {"input_ids": torch.randint(58, (2, 16), generator=generator)}
+
+
+def parameters_of_layers(model) -> list[dict[str, torch.nn.Parameter]]:
+    blocks = find_layers(model).blocks
+    return [dict(block.named_parameters(remove_duplicate=False)) for block in blocks]
+
+
+@KINDS
+def test_the_class_is_the_one_the_family_trains_with(kind):
+    assert model_class(config_of(kind)) is CLASSES[kind]
+    assert config_of(kind).num_hidden_layers == NUM_LAYERS
+
+
+@KINDS
+@TYINGS
+def test_a_layer_uses_its_owners_parameters_and_no_other(kind, tying):
+    layers = parameters_of_layers(build(kind, tying))
+    for layer, owner in enumerate(tying.owners):
+        assert layers[layer].keys() == layers[owner].keys()
+        for name, parameter in layers[layer].items():
+            assert parameter is layers[owner][name]
+    owned = [p for layer in tying.independent_layers for p in layers[layer].values()]
+    assert len({p.untyped_storage().data_ptr() for p in owned}) == len(owned)
+    assert TiedLayers(build(kind, tying)).tying == tying
+
+
+@KINDS
+def test_nothing_is_left_without_storage(kind):
+    model = build(kind)
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
+    assert not [name for name, tensor in tensors.items() if tensor.is_meta]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@KINDS
+@TYINGS
+def test_buffers_are_those_of_a_plain_model(kind, tying):
+    ours, theirs = (dict(model.named_buffers()) for model in (build(kind, tying), plain(kind)))
+    assert ours.keys() == theirs.keys()
+    for name, buffer in ours.items():
+        assert buffer.dtype == theirs[name].dtype
+        assert torch.equal(buffer, theirs[name]), name
+    persistent = set(build(kind, tying).state_dict()) & ours.keys()
+    assert persistent == set(plain(kind).state_dict()) & theirs.keys()
+
+
+@KINDS
+def test_an_untied_model_computes_what_transformers_computes_from_its_weights(kind):
+    ours = build(kind, Tying.independent(NUM_LAYERS))
+    theirs = plain(kind, seed=1)
+    theirs.load_state_dict(ours.state_dict())
+    inputs = inputs_for(kind)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+
+
+@KINDS
+def test_a_tied_model_computes_what_its_untied_copy_computes(kind):
+    ours, theirs = build(kind), plain(kind, seed=1)
+    theirs.load_state_dict(ours.state_dict())  # which names the shared weights at every layer
+    inputs = inputs_for(kind)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+
+
+def drawn(models) -> dict[str, np.ndarray]:
+    """All values of every kind of tensor, over layers and models."""
+    values = defaultdict(list)
+    for model in models:
+        names = find_layers(model).names
+        for name, parameter in model.named_parameters():
+            block = next((b for b in names if name.startswith(f"{b}.")), None)
+            key = name if block is None else f"block{name.removeprefix(block)}"
+            values[key].append(parameter.detach().double().numpy().ravel())
+    return {name: np.concatenate(arrays) for name, arrays in values.items()}
+
+
+@KINDS
+@TYINGS
+def test_weights_are_drawn_as_transformers_draws_them(kind, tying):
+    """Of every kind of tensor the same mean and standard deviation, within sampling error."""
+    ours = drawn(build(kind, tying, seed) for seed in range(6))
+    theirs = drawn(plain(kind, seed) for seed in range(6, 12))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        found, deviation = ours[name], expected.std()
+        error = 5 * (1 / len(found) + 1 / len(expected)) ** 0.5  # of a mean, in deviations
+        assert found.mean() == pytest.approx(expected.mean(), abs=error * deviation), name
+        assert found.std() == pytest.approx(deviation, rel=error), name
+
+
+@TYINGS
+def test_gpt2_scales_what_enters_the_residual_stream_by_the_real_number_of_layers(tying):
+    model = build("gpt2", tying)
+    for block in model.transformer.h:
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            expected = 0.02 / (2 * NUM_LAYERS) ** 0.5
+            assert float(projection.weight.detach().std()) == pytest.approx(expected, rel=0.1)
+        assert float(block.mlp.c_fc.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+@KINDS
+def test_independent_layers_start_from_different_weights(kind):
+    layers = parameters_of_layers(build(kind, SOME_TIED))
+    matrices = [name for name, parameter in layers[0].items() if parameter.ndim > 1]
+    assert matrices
+    assert not [name for name in matrices if torch.equal(layers[0][name], layers[2][name])]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind != "vit"])
+def test_the_head_keeps_what_it_shares_with_the_embeddings(kind):
+    ours, theirs = build(kind), plain(kind)
+    same = [
+        m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (ours, theirs)
+    ]
+    assert same[0] == same[1]
+    outside = {name for name, _ in plain(kind).named_parameters()}
+    assert {
+        name for name, _ in build(kind, Tying.independent(NUM_LAYERS)).named_parameters()
+    } == outside
+
+
+@KINDS
+def test_the_seed_decides(kind):
+    one, same, other = build(kind, seed=3), build(kind, seed=3), build(kind, seed=4)
+    states = [model.state_dict() for model in (one, same, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_weights_can_be_of_another_type():
+    model = build("gpt2", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert model(**inputs_for("gpt2")).logits.dtype == torch.bfloat16
+
+
+@KINDS
+def test_a_built_model_trains_and_copies(kind):
+    model = build(kind).train()
+    model(**inputs_for(kind)).logits.float().pow(2).mean().backward()
+    for layer in parameters_of_layers(model):
+        assert any(parameter.grad is not None for parameter in layer.values())
+    assert TiedLayers(copy.deepcopy(model)).tying == SOME_TIED
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_llama_computes_at_any_number_of_heads(heads):
+    config = language_config(
+        "llama", num_layers=2, num_heads=heads, hidden_size=12, vocab_size=20, max_length=8
+    )
+    model = build_model(config, Tying.independent(2))
+    assert model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.shape == (1, 8, 20)
+
+
+MEASURE = """
+import json, torch
+from layer_tying.runs.memory import peak_bytes
+from layer_tying.models.build import build_model, language_config
+from layer_tying.core.tying import Tying
+cpu = torch.device("cpu")
+def config(num_layers, width):
+    return language_config("gpt2", num_layers=num_layers, num_heads=4, hidden_size=width,
+                           vocab_size=1000, max_length=64)
+build_model(config(2, 16), Tying.all_tied(2))  # what any first model costs
+before = peak_bytes(cpu)
+for tying in (Tying.all_tied(24), Tying.independent(24)):
+    model = build_model(config(24, 512), tying)
+    block = sum(p.numel() * p.element_size() for p in model.transformer.h[0].parameters())
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(json.dumps([peak_bytes(cpu) - before, block, total]))
+    del model
+"""
+
+
+def test_a_tied_start_allocates_one_block_and_not_all():
+    """At 24 layers of width 512: one block is 12.6 MB, and all of them are 300 MB."""
+    command = [sys.executable, "-c", MEASURE]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tied, untied = map(json.loads, output.splitlines())
+    growth, block, total = tied
+    others = total - block
+    assert 0.9 * total < growth < others + 2 * block
+    growth, _, total = untied
+    assert total == others + 24 * block
+    assert growth > 24 * block
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
+def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
+    """With the same draws, only what writes to the residual stream differs, by the uses."""
+    once, damped = (parameters_of_layers(build(kind, damped=d)) for d in (False, True))
+    uses = {0: 3, 2: 1}
+    for layer, number in uses.items():
+        quotients = {
+            name: (once[layer][name].abs().sum() / p.abs().sum()).item()
+            for name, p in damped[layer].items()
+            if p.ndim > 1
+        }
+        assert sorted(set(np.round(list(quotients.values()), 4))) == sorted({1.0, number})
+        divided = [name for name, quotient in quotients.items() if quotient > 1.5]
+        assert len(divided) == (2 if number > 1 else 0)
+        rows = [damped[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
+        assert rows == [32] * len(divided)  # those that map to the residual stream's width
+
+
+def test_damping_names_what_a_layer_has_where_nothing_matches():
+    layers = TiedLayers(build("gpt2"))
+    before = {n: p.detach().clone() for n, p in layers.parameters(0).items()}
+    with pytest.raises(InputError, match=r"layer 0 has none of o_proj\.\*: it has ln_1.weight, "):
+        damp_shared_layers(layers, ["o_proj.*"])
+    assert all(torch.equal(p, before[n]) for n, p in layers.parameters(0).items())
+
+
+def test_damping_refuses_a_model_whose_residual_stream_it_does_not_know():
+    config = transformers.GPTNeoXConfig(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_size=16,
+        vocab_size=9,
+        architectures=["GPTNeoXForCausalLM"],
+    )
+    with pytest.raises(InputError, match="gpt_neox are not known: they are of gpt2, llama, bert"):
+        build_model(config, Tying.all_tied(2), damped=True)

@@ -1,0 +1,258 @@
+"""Fine-tuning: the backbone is the run's, padding does not matter, and something is learned."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import crashed_at, lines_of, small, traces_of, write_text
+
+from layer_tying.cli import main
+from layer_tying.core.tying import Tying
+from layer_tying.data.glue import Example, encode
+from layer_tying.data.tokenizer import read_tokenizer
+from layer_tying.errors import InputError
+from layer_tying.models.build import build_model
+from layer_tying.paper.rows import TYINGS
+from layer_tying.runs.config import SHAPE, TrainConfig
+from layer_tying.runs.folder import RunLog
+from layer_tying.runs.source import best_checkpoint, load_backbone
+from layer_tying.runs.train import evaluate_run, train
+from layer_tying.tasks.base import build_workload
+
+FAMILIES = ("gpt2", "llama", "bert")
+TIED = Tying((0, 1, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds a pretrained run of each family, and two tasks under glue/."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_text(folder)
+    for family in FAMILIES:
+        settings = {"policy": "fixed", "owners": "0,1,0,1", "nlayers": 4, "bptt": 24}
+        train(small(folder, exp=family, family=family, **settings, max_steps=8))
+    write_tasks(folder / "glue")
+    return folder
+
+
+def write_tasks(folder: Path) -> None:
+    """SST-2 and CoLA where one word decides, and MRPC where two texts agree or do not."""
+    rng = random.Random(0)
+    words = ("the", "a", "film", "cat", "dog", "sat", "ran", "house")
+
+    def sentence(label: int) -> str:
+        drawn = [rng.choice(words) for _ in range(rng.randint(1, 4))]
+        drawn.insert(rng.randint(0, len(drawn)), "good" if label else "bad")
+        return " ".join(drawn)
+
+    def rows(number: int) -> list[tuple[str, int]]:
+        return [(sentence(i % 2), i % 2) for i in range(number)]
+
+    for split, number in (("train", 200), ("dev", 40)):
+        lines = {
+            "SST-2": ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows(number))],
+            "CoLA": [f"x\t{label}\t\t{text}" for text, label in rows(number)],
+            "MRPC": [
+                "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+                *(f"{label}\t1\t2\t{text}\t{'yes' * label}" for text, label in rows(number)),
+            ],
+        }
+        for name, content in lines.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            text = "\n".join(content) + "\n"
+            (folder / name / f"{split}.tsv").write_text(text, encoding="utf-8")
+
+
+def finetuning(folder: Path, family: str, tying: str, **changes) -> TrainConfig:
+    """A configuration as ``layer-tying finetune`` makes it."""
+    pretrained = small(folder, nlayers=4, bptt=24, family=family)
+    settings = {
+        **{name: getattr(pretrained, name) for name in SHAPE},
+        **{"task": "sst2", "source": str(folder / "runs" / family), "policy": TYINGS[tying]},
+        **{"dataset": "", "data_dir": str(folder), "exp": f"{family}-{tying}", "every": 5},
+    }
+    return small(folder, **settings | changes)
+
+
+def classifier_of(config: TrainConfig, tying: Tying):
+    torch.manual_seed(1)
+    model = build_model(build_workload(config).model_config, tying).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # fresh weights are so small that a text hardly tells in the logits
+    return model
+
+
+@pytest.mark.parametrize("tying", ["keep", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_backbone_computes_what_the_run_did(folder, family, tying):
+    config = finetuning(folder, family, tying)
+    best = best_checkpoint(config)
+    assert best.tying == TIED
+    run = RunLog(folder / "runs" / family).config()
+    pretrained = build_model(build_workload(run).model_config, best.tying).eval()
+    best.load_weights(pretrained)
+    target = best.tying if tying == "keep" else Tying.independent(4)
+    classifier = classifier_of(config, target)
+    load_backbone(best, classifier)
+    ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = classifier.base_model(input_ids=ids).last_hidden_state
+        theirs = pretrained.base_model(input_ids=ids).last_hidden_state
+    assert torch.equal(ours, theirs)
+    assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_row_is_padded_to_does_not_matter(folder, family):
+    """GPT-2 and Llama have to find the last token that is not padding."""
+    config = finetuning(folder, family, "none")
+    workload = build_workload(config)
+    model = classifier_of(config, Tying.independent(4))
+    tokenizer = read_tokenizer(folder / "runs" / family / "tokenizer")
+    examples = [Example("a", None, 0), Example("a cat sat on a mat", "yes", 1)]
+    with torch.no_grad():
+        together = workload._logits(model, encode(examples, tokenizer, 24))
+        alone = [workload._logits(model, encode([each], tokenizer, 24))[0] for each in examples]
+        other = workload._logits(model, encode([Example("b", None, 0)], tokenizer, 24))[0]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(alone[0], other, atol=1e-4), "it does not look at the text"
+
+
+def test_bert_is_told_which_text_a_token_is_of(folder):
+    config = finetuning(folder, "bert", "none")
+    workload = build_workload(config)
+    model = classifier_of(config, Tying.independent(4))
+    tokenizer = read_tokenizer(folder / "runs/bert/tokenizer")
+    batch = encode([Example("a cat", "a dog", 0)], tokenizer, 24)
+    assert batch["token_type_ids"].sum() > 0
+    with torch.no_grad():
+        told = workload._logits(model, batch)
+        zeros = np.zeros_like(batch["token_type_ids"])
+        untold = workload._logits(model, batch | {"token_type_ids": zeros})
+    assert not torch.allclose(told, untold, atol=1e-5)
+
+
+def test_validation_is_held_out_of_training_and_dev_is_what_test_scores(folder):
+    workload = build_workload(finetuning(folder, "gpt2", "keep"))
+    assert workload.batches_per_epoch == 180 / 4
+    assert workload.facts["num_train"] == 180
+    assert len(workload._splits["validation"]) == 20
+    seen = {tuple(row) for _ in range(45) for row in texts(next(workload.batches))}
+    train_rows = (folder / "glue/SST-2/train.tsv").read_text().splitlines()[1:]
+    held = [example.text_a for example in workload._splits["validation"]]
+    times = {text: sum(row.startswith(f"{text}\t") for row in train_rows) for text in held}
+    unique = [text for text in held if times[text] == 1]
+    assert unique, "every held-out sentence is in the training part too"
+    encoded = {tuple(text.encode()) for text in unique}
+    assert not seen & encoded
+    assert len(workload._splits["test"]) == 40
+
+
+def texts(batch: dict[str, np.ndarray]) -> list[list[int]]:
+    """The bytes of each row, without special tokens."""
+    return [[int(i) for i in row if i < 256] for row in batch["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    ("tying", "first"), [("keep", [0, 1, 0, 1]), ("dynamic", [0, 1, 0, 1]), ("none", [0, 1, 2, 3])]
+)
+def test_it_learns_what_one_word_decides(folder, capsys, tying, first):
+    code = main(
+        [
+            *("finetune", "--task", "sst2", "--from", str(folder / "runs/gpt2")),
+            *("--tying", tying, "--data-dir", str(folder), "--output-dir", str(folder / "runs")),
+            *("--max-steps", "80", "--batch-size", "16", "--lr", "0.005", "--every", "20"),
+            *("--precision", "fp32", "--log-every", "20", "--eval-every", "40"),
+        ]
+    )
+    assert code == 0
+    run = folder / f"runs/gpt2-sst2-{tying}"
+    states = [line["state"] for line in lines_of(run / "tying.jsonl")]
+    assert states[0] == first
+    assert len(states) == (5 if tying == "dynamic" else 1)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"] == summary["test_accuracy"] > 0.8
+    assert summary["dataset"] == "sst2"
+    assert f"accuracy {summary['accuracy']:.3f}" in capsys.readouterr().out
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(("task", "metric"), [("cola", "matthews_correlation"), ("mrpc", "f1")])
+def test_a_task_has_its_own_metric(folder, task, metric):
+    config = finetuning(folder, "bert", "keep", task=task, exp=f"bert-{task}", max_steps=10)
+    summary = train(config)
+    assert {"accuracy", metric, f"validation_{metric}"} <= summary.keys()
+    assert -1 <= summary[metric] <= 1
+    again = evaluate_run(config.folder, "test")
+    assert again[metric] == pytest.approx(summary[metric])
+    assert again["accuracy"] == pytest.approx(summary["accuracy"])
+    gone = replace(config, source="where the run that it came from is no more")
+    (config.folder / "config.json").write_text(gone.to_json())
+    assert evaluate_run(config.folder, "test") == again
+
+
+def test_texts_longer_than_the_runs_sequences_are_cut(folder, tmp_path):
+    write_tasks(tmp_path / "glue")
+    file = tmp_path / "glue/SST-2/train.tsv"
+    file.write_text(file.read_text() + "long " * 200 + "\t1\n")
+    config = finetuning(folder, "gpt2", "keep", data_dir=str(tmp_path))
+    workload = build_workload(config)
+    widths = {next(workload.batches)["input_ids"].shape[1] for _ in range(60)}
+    assert max(widths) == 24
+
+
+def test_a_crashed_fine_tuning_goes_on_exactly(folder):
+    changes = {"family": "llama", "tying": "dynamic", "dropout": 0.1}
+    alone = finetuning(folder, exp="alone", **changes)
+    crashed = finetuning(folder, exp="crashed", **changes)
+    train(alone)
+    crashed_at(crashed, 17)
+    train(crashed, resume=True)
+    assert traces_of(crashed.folder) == traces_of(alone.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"emsize": 32}, "emsize is 32 here, but 16 in"),
+        ({"source": "no-such-run"}, "no-such-run"),
+        ({"data_dir": "no-such-folder"}, "no-such-folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(folder, changes, said):
+    config = finetuning(folder, "gpt2", "keep", **changes)
+    with pytest.raises(InputError, match=said) as caught:
+        train(replace(config, exp="refused"))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(folder):
+    config = finetuning(folder, "gpt2", "keep")
+    with pytest.raises(InputError, match=r"is of another model: its model\.\S+ does not fit"):
+        load_backbone(
+            best_checkpoint(config), classifier_of(finetuning(folder, "llama", "keep"), TIED)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "wnli"], "wnli"),
+        (["--task", "rte", "--tying", "some"], "some"),
+        (["--task", "rte", "--lr", "0"], "lr"),
+    ],
+)
+def test_bad_flags_end_in_one_line(folder, capsys, arguments, said):
+    try:
+        code = main(["finetune", "--from", str(folder / "runs/gpt2"), *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

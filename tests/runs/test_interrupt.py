@@ -1,0 +1,50 @@
+"""Ctrl-C as a request: the first is answered between two steps, the second is not held back."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from layer_tying.runs.interrupt import stop_requests
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in BOTH]
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_the_first_is_a_request(number):
+    before = handlers()
+    with stop_requests() as stop_requested:
+        assert not stop_requested()
+        os.kill(os.getpid(), number)
+        assert stop_requested()
+    assert handlers() == before
+
+
+def test_the_second_is_not_held_back():
+    before = handlers()
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stop_requested:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_requested()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert handlers() == before
+
+
+def test_what_was_there_comes_back_after_an_error():
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), stop_requests():
+        _ = 1 / 0
+    assert handlers() == before
+
+
+def test_another_thread_has_no_signals_to_wait_for():
+    def run() -> bool:
+        with stop_requests() as stop_requested:
+            return stop_requested()
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(run).result() is False

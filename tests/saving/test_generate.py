@@ -1,0 +1,135 @@
+"""Text from runs and exports: cached decoding equals uncached, and layers stay shared."""
+
+import pytest
+import torch
+from test_export import trained
+from tiny_models import llama
+
+from layer_tying import InputError, TiedLayers, Tying, load
+from layer_tying.cli import main
+from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
+from layer_tying.models.build import build_model, image_config, language_config
+from layer_tying.saving.checkpoint import save_checkpoint
+from layer_tying.saving.export import export_run
+from layer_tying.saving.generate import generate
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """For each kind of model what a run leaves: its best checkpoint and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("bytes", "")
+    shape = {"num_layers": 4, "num_heads": 2, "hidden_size": 16}
+    text = shape | {"vocab_size": 260, "max_length": CONTEXT, "eos_id": 256, "pad_id": 257}
+    configs = {
+        "gpt2": language_config("gpt2", **text),
+        "llama": language_config("llama", **text),
+        "bert": language_config("bert", **text),
+        "masked": language_config("bert", **text, causal=False),
+        "vit": image_config(**shape, image_size=8, num_channels=1, class_names=["a", "b"]),
+    }
+    made = {}
+    for name, config in configs.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        tying = Tying((0, 1, 0, 1))
+        model = build_model(config, tying)
+        best = made[name] / "checkpoints" / "best"
+        facts = {"model": config.to_dict()}
+        save_checkpoint(best, model, tying, step=1, config={}, facts=facts)
+        if name != "vit":
+            tokenizer.save(made[name] / "tokenizer")
+    return made
+
+
+GENERATING = pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+
+
+@GENERATING
+def test_it_is_what_the_most_likely_tokens_are_one_by_one(name, runs):
+    """Against whole forward passes, without a cache and without transformers' generate."""
+    model, tokenizer = load(runs[name]), read_tokenizer(runs[name] / "tokenizer")
+    ids = tokenizer.encode("the cat ").tolist()
+    for _ in range(20):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_id:
+            break
+    said = generate(runs[name], "the cat ", max_new_tokens=20, temperature=0)
+    assert said == tokenizer.decode(ids[8:])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal"])
+@pytest.mark.parametrize("tying", [Tying.all_tied(4), Tying((0, 1, 0, 1))], ids=str)
+def test_cached_logits_equal_uncached(kind, tying):
+    """Every layer has a slot of its own in the cache, whosever weights it uses."""
+    model = trained(kind, True, tying)
+    inputs = torch.randint(58, (2, 6), generator=torch.Generator().manual_seed(0))
+    scores = {}
+    for use_cache in (True, False):
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=8,
+            do_sample=False,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        scores[use_cache] = (out.sequences, torch.stack(out.logits))
+    assert torch.equal(scores[True][0], scores[False][0])
+    torch.testing.assert_close(scores[True][1], scores[False][1], rtol=1e-4, atol=1e-5)
+    assert TiedLayers(model).tying == tying
+
+
+@GENERATING
+def test_an_export_says_what_its_run_says(name, runs, tmp_path):
+    export_run(runs[name], tmp_path, "compact")
+    options = {"seed": 3, "top_k": 40, "temperature": 0.9, "max_new_tokens": 12}
+    assert generate(tmp_path, "the dog", **options) == generate(runs[name], "the dog", **options)
+
+
+def test_seed_temperature_and_top_k(runs):
+    samples = {generate(runs["gpt2"], "the dog", max_new_tokens=12, seed=s) for s in range(4)}
+    assert len(samples) > 1
+    assert generate(runs["gpt2"], "a", seed=1) == generate(runs["gpt2"], "a", seed=1)
+    greedy = generate(runs["gpt2"], "the dog", temperature=0)
+    assert generate(runs["gpt2"], "the dog", top_k=1, seed=5) == greedy
+
+
+def test_the_context_is_filled_and_never_passed(runs):
+    for prompt in ("", "the cat", "x" * (CONTEXT - 1)):
+        said = generate(runs["gpt2"], prompt, temperature=0)  # a token is a byte, or the end
+        assert len(said) <= CONTEXT - max(len(prompt), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("gpt2", ["--prompt", "x" * 40], "40 tokens and the model's context 32: shorten it by 9"),
+        ("gpt2", ["--max-new-tokens", "30"], "context of 32: ask for at most 29 new tokens"),
+        ("gpt2", ["--max-new-tokens", "0"], "max-new-tokens is at least 1, got 0"),
+        ("gpt2", ["--temperature", "-1"], "temperature is at least 0, got -1.0"),
+        ("gpt2", ["--top-k", "0"], "top-k is at least 1, got 0"),
+        ("masked", [], "holds a BertForMaskedLM, which does not generate text"),
+        ("vit", [], "holds no saved tokenizer"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(name, flags, says, runs, capsys):
+    assert main(["generate", str(runs[name]), "--prompt", "the", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_the_command_prints_the_prompt_and_what_follows(runs, capsys):
+    flags = ["--max-new-tokens", "5", "--temperature", "0"]
+    assert main(["generate", str(runs["gpt2"]), "--prompt", "the cat", *flags]) == 0
+    said = generate(runs["gpt2"], "the cat", max_new_tokens=5, temperature=0)
+    assert capsys.readouterr().out == f"the cat{said}\n"
+
+
+def test_a_folder_that_is_neither_is_one_line(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no saved tokenizer"):
+        generate(tmp_path, "the")
