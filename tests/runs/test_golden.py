@@ -1,0 +1,39 @@
+"""Golden losses: four small runs that were recorded before the code was moved into rooms.
+
+They guard the arithmetic of fixed seeds. Kernels differ between machines, so losses are compared
+with a tolerance; tyings and rewards of a machine alike follow from them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import lines_of, small, write_text
+
+from layer_tying.runs.train import train
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
+CONFIGS = {
+    "gpt2-dqn": {"family": "gpt2", "policy": "dqn"},
+    "llama-bandit": {
+        **{"family": "llama", "policy": "bandit", "nlayers": 6, "every": 3, "emsize": 32}
+    },
+    "bert-random": {"family": "bert", "policy": "random", "nlayers": 4},
+    "vit-sequence": {
+        **{"family": "vit", "policy": "sequence", "groups": 2, "dataset": "digits", "nlayers": 4}
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fixed_seed_gives_the_recorded_losses(name, tmp_path):
+    write_text(tmp_path)
+    config = small(tmp_path, **({"log_every": 1} | CONFIGS[name]))
+    summary = train(config)
+    metrics = lines_of(config.folder / "metrics.jsonl")
+    decisions = lines_of(config.folder / "tying.jsonl")
+    golden = GOLDEN[name]
+    assert [line["loss"] for line in metrics] == pytest.approx(golden["losses"], rel=1e-3)
+    assert summary["test_perplexity"] == pytest.approx(golden["test_perplexity"], rel=1e-3)
+    assert summary["trainable_parameters_mean"] == golden["trainable_parameters_mean"]
+    assert [line["state"] for line in decisions] == golden["owners"]
