@@ -1,0 +1,49 @@
+"""The shape of a model, as settings. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from layer_tying.errors import InputError
+from layer_tying.settings import check_at_least, check_shares, check_types
+
+FAMILIES = ("gpt2", "llama", "bert", "vit")
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:  # so that the command lists the names
+    FamilyName = Literal[FAMILIES]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model.
+
+    Raises:
+        InputError: if a value is out of its range, or two values contradict each other.
+    """
+
+    family: FamilyName = "gpt2"
+    """the kind of transformer"""
+    nlayers: int = 8
+    """L, the number of layers"""
+    nhead: int = 4
+    """attention heads"""
+    emsize: int = 128
+    """width of the model"""
+    dropout: float = 0.0
+    """dropout probability"""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(self, 1, ("nhead", "emsize"))
+        check_at_least(self, 2, ("nlayers",))
+        check_shares(self, ("dropout",))
+        if self.emsize % self.nhead:
+            raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
+        if self.family == "llama" and self.emsize // self.nhead % 2:
+            raise InputError(
+                f"emsize {self.emsize} over nhead {self.nhead} is odd: "
+                f"the heads of family llama have an even width, for rotary positions"
+            )
