@@ -26,7 +26,7 @@ from typing import Any
 
 from paper_tables import results_page
 
-from layer_tying.data.files import ENVIRONMENT
+from layer_tying.data.sources import ENVIRONMENT
 from layer_tying.paper.rows import recipes
 from layer_tying.runs.config import TrainConfig
 

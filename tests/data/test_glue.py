@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_tying.data import files
+from layer_tying.data import sources
 from layer_tying.data.glue import TASKS, Example, GlueBatches, encode, load_task
 from layer_tying.data.tokenizer import Tokenizer, load_tokenizer
 from layer_tying.errors import InputError
 
-REAL = os.environ.get(files.ENVIRONMENT)
+REAL = os.environ.get(sources.ENVIRONMENT)
 BYTES = load_tokenizer("bytes", "")
 PUBLISHED = {  # folder, a file as it is published, and what it says
     "sst2": (
@@ -52,7 +52,7 @@ PUBLISHED = {  # folder, a file as it is published, and what it says
 
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
-    monkeypatch.delenv(files.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(sources.ENVIRONMENT, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def fails(call, *arguments) -> str:
 def test_published_files(tmp_path, monkeypatch, task, parent):
     folder, content, expected = PUBLISHED[task]
     write_task(tmp_path / parent / folder, content)
-    monkeypatch.setenv(files.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(sources.ENVIRONMENT, str(tmp_path))
     loaded = load_task(task)
     assert [(e.text_a, e.text_b, e.label) for e in loaded.train] == expected
     assert loaded.dev == loaded.train
@@ -130,7 +130,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files.socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", refuse)
     assert "expected one of sst2, cola, qnli, mrpc, rte" in fails(load_task, "mnli", tmp_path)
     message = fails(load_task, "rte", tmp_path)
     assert f"put glue/RTE/ with train.tsv and dev.tsv under {tmp_path}" in message
@@ -226,7 +226,7 @@ def test_batches_resume_and_pad_only_as_needed(before, batch_size):
     assert seen == {min(i + 2, 10) for i in range(1, 12)}
 
 
-@pytest.mark.skipif(not REAL, reason=f"{files.ENVIRONMENT} is not set")
+@pytest.mark.skipif(not REAL, reason=f"{sources.ENVIRONMENT} is not set")
 @pytest.mark.parametrize(
     ("task", "train", "dev"),
     [

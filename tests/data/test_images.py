@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from layer_tying.data import files
+from layer_tying.data import sources
 from layer_tying.data.images import IMAGE_DATASETS, SUBSET, ImageBatches, load_images
 from layer_tying.errors import InputError
 
-REAL = os.environ.get(files.ENVIRONMENT)
+REAL = os.environ.get(sources.ENVIRONMENT)
 RNG = np.random.default_rng(0)
 NAMES = ("x_train", "y_train", "x_validation", "y_validation", "x_test", "y_test")
 
 
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
-    monkeypatch.delenv(files.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(sources.ENVIRONMENT, raising=False)
 
 
 def pixels(count: int) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_digits_are_those_of_scikit_learn_each_in_one_split():
 def test_cifar_subset(tmp_path, monkeypatch):
     x = np.zeros((30, 32, 32, 3), np.uint8) + np.arange(30, dtype=np.uint8)[:, None, None, None]
     write_subset(tmp_path, x_train=x)
-    monkeypatch.setenv(files.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(sources.ENVIRONMENT, str(tmp_path))
     images = load_images("cifar10")
     assert (len(images.x_train), len(images.x_validation), len(images.x_test)) == (27, 3, 10)
     numbers = np.concatenate([images.x_train, images.x_validation])[:, 0, 0, 0]
@@ -215,7 +215,7 @@ def test_without_files_or_network_it_says_what_to_put_where(tmp_path, monkeypatc
 
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files.socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", refuse)
     message = fails("cifar10", tmp_path)
     assert f"put cifar-10-batches-bin/ (the published binary version) or {SUBSET}" in message
     message = fails("mnist")
@@ -262,7 +262,7 @@ def test_no_images_no_batches():
         ImageBatches(pixels(0), np.zeros(0, np.int64), 4, 0)
 
 
-@pytest.mark.skipif(not REAL, reason=f"{files.ENVIRONMENT} is not set")
+@pytest.mark.skipif(not REAL, reason=f"{sources.ENVIRONMENT} is not set")
 def test_published_images():
     subset = load_images("cifar10", REAL)
     assert (len(subset.x_train), len(subset.x_validation), len(subset.x_test)) == (3600, 400, 1000)
@@ -273,7 +273,7 @@ def test_published_images():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL, reason=f"{files.ENVIRONMENT} is not set")
+@pytest.mark.skipif(not REAL, reason=f"{sources.ENVIRONMENT} is not set")
 def test_published_jpeg_images():
     images = load_images("cifar10-jpeg", REAL)
     assert (len(images.x_train), len(images.x_validation), len(images.x_test)) == (

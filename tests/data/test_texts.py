@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layer_tying.data import files
+from layer_tying.data import sources
 from layer_tying.data import texts as corpora
 from layer_tying.data.batches import Batches, evaluation_windows, mask_tokens
 from layer_tying.data.pydocs import python_documents, split_documents
@@ -22,14 +22,14 @@ from layer_tying.data.texts import DATASETS, Texts, count_words, load_lambada, l
 from layer_tying.data.tokenizer import load_tokenizer
 from layer_tying.errors import InputError
 
-REAL = os.environ.get(files.ENVIRONMENT)
+REAL = os.environ.get(sources.ENVIRONMENT)
 BYTES = load_tokenizer("bytes", "")
 LINES = "".join(f"line {i} of a text .\n" for i in range(200))
 
 
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
-    monkeypatch.delenv(files.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(sources.ENVIRONMENT, raising=False)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def no_network(monkeypatch):
 
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files.socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", refuse)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -140,11 +140,11 @@ def test_three_published_files(tmp_path, dataset, layout):
 
 def test_data_folder_from_the_environment(tmp_path, monkeypatch):
     write(tmp_path / "shakespeare" / "input.txt", LINES)
-    monkeypatch.setenv(files.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(sources.ENVIRONMENT, str(tmp_path))
     texts = load_texts("shake")
     assert texts.train + texts.validation + texts.test == LINES
     assert "90/5/5" in texts.source
-    monkeypatch.setenv(files.ENVIRONMENT, str(tmp_path / "nowhere"))
+    monkeypatch.setenv(sources.ENVIRONMENT, str(tmp_path / "nowhere"))
     assert "($LAYER_TYING_DATA) does not exist" in fails(load_texts, "shake")
 
 
@@ -327,7 +327,7 @@ def test_unknown_names_list_the_known():
 
 def test_line_ends_and_byte_order_marks_do_not_matter(tmp_path):
     mixed = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n\r\n")
-    assert files.read_text(mixed) == "one\ntwo\nthree\n\n"
+    assert sources.read_text(mixed) == "one\ntwo\nthree\n\n"
 
 
 # --- tokens
@@ -403,18 +403,6 @@ def test_two_processes_at_once(tmp_path):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]  # no temporary file is left
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    target = write(tmp_path / "kept", "old")
-
-    def torn(file):
-        file.write(b"half of")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_whole(target, torn)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 @given(st.text(alphabet="ab \n\u00a0", max_size=200))
@@ -528,7 +516,7 @@ def test_masking_needs_a_mask_token(tmp_path):
 # --- the real sets
 
 
-@pytest.mark.skipif(not REAL, reason=f"{files.ENVIRONMENT} is not set")
+@pytest.mark.skipif(not REAL, reason=f"{sources.ENVIRONMENT} is not set")
 def test_published_counts(tmp_path):
     wiki2 = tokenize(load_texts("wiki2", REAL), BYTES, tmp_path)
     splits = (wiki2.train, wiki2.validation, wiki2.test)

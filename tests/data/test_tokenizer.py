@@ -10,18 +10,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from layer_tying.data import files
+from layer_tying.data import sources
 from layer_tying.data.tokenizer import Tokenizer, load_tokenizer, pieces, read_tokenizer
 from layer_tying.errors import InputError
 
 TEXT = "The cat sat on the mat; the cat's mat, it's 12 o'clock.\n\n  The end \n of the tale.\n" * 40
-REAL = os.environ.get(files.ENVIRONMENT)
+REAL = os.environ.get(sources.ENVIRONMENT)
 WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "wor", "##ld", "!"]
 
 
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
-    monkeypatch.delenv(files.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(sources.ENVIRONMENT, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_gpt2_files_under_a_data_folder(tmp_path):
 
 def test_bert_lowercases_and_has_its_special_tokens(tmp_path, monkeypatch):
     write_wordpiece(tmp_path / "bert-base-uncased")
-    monkeypatch.setenv(files.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(sources.ENVIRONMENT, str(tmp_path))
     bert = load_tokenizer("bert-base-uncased", "")
     assert bert.encode("Hello WORLD!").tolist() == [5, 6, 7, 8]
     assert bert.encode("unknown").tolist() == [1]
@@ -184,7 +184,7 @@ def test_without_files_or_network_it_says_what_to_put_where(tmp_path, monkeypatc
 
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files.socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", no_network)
     message = fails("gpt2", tmp_path)
     assert "huggingface.co cannot be reached" in message
     assert f"put tokenizers/gpt2/ with vocab.json and merges.txt under {tmp_path}" in message
@@ -206,7 +206,7 @@ def test_from_the_hub_when_it_is_reachable(bpe, monkeypatch):
     assert np.array_equal(loaded.encode(TEXT), bpe.encode(TEXT))
 
 
-@pytest.mark.skipif(not REAL, reason=f"{files.ENVIRONMENT} is not set")
+@pytest.mark.skipif(not REAL, reason=f"{sources.ENVIRONMENT} is not set")
 def test_published_vocabularies():
     gpt2 = load_tokenizer("gpt2", "", REAL)
     assert gpt2.encode("Hello world").tolist() == [15496, 995]

@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 from small_runs import WORDS, lines_of, small, write_text
 
 from layer_tying.core.tying import Tying
-from layer_tying.data import files
+from layer_tying.data import sources
 from layer_tying.data.texts import load_lambada
 from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.models.build import build_model
@@ -24,7 +24,7 @@ from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.train import evaluate_run, train
 from layer_tying.tasks.base import build_workload
 
-REAL = os.environ.get(files.ENVIRONMENT)
+REAL = os.environ.get(sources.ENVIRONMENT)
 
 
 @pytest.fixture

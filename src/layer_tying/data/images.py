@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from layer_tying.data.batches import ShuffledBatches
-from layer_tying.data.files import data_folder, first_existing, from_hub, place, read_arrays
+from layer_tying.data.sources import data_folder, first_existing, from_hub, place, read_arrays
 from layer_tying.errors import InputError
 
 IMAGE_DATASETS = ("digits", "cifar10", "cifar10-jpeg")

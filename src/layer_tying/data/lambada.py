@@ -9,7 +9,7 @@ Facts:
 import json
 from pathlib import Path
 
-from layer_tying.data.files import first_existing, place, read_text
+from layer_tying.data.sources import first_existing, place, read_text
 from layer_tying.errors import InputError
 
 FOLDERS = ("lambada", "lambada-dataset")

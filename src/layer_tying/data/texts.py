@@ -19,18 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from layer_tying.data import lambada
-from layer_tying.data.files import (
+from layer_tying.data.sources import (
     cache_folder,
     data_folder,
     from_hub,
     place,
     read_arrays,
     read_text,
-    write_whole,
 )
 from layer_tying.data.pydocs import python_documents, split_documents
 from layer_tying.data.tokenizer import Tokenizer, pieces
 from layer_tying.errors import InputError
+from layer_tying.files import write_whole
 
 DATASETS = ("pydocs", "shake", "ptb", "wiki2", "wiki103", "lambada", "1b")
 WORDS = ("ptb", "wiki2", "wiki103", "1b")

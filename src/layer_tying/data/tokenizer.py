@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from layer_tying.data.files import data_folder, first_existing, from_hub, place, read_text
+from layer_tying.data.sources import data_folder, first_existing, from_hub, place, read_text
 from layer_tying.errors import InputError
 
 BYTES = "bytes"

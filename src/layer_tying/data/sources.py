@@ -1,16 +1,15 @@
-"""What every loader does alike: find the data folder, read text strictly, write whole, ask the hub.
+"""What every loader does alike: find the data folder, read text strictly, ask the hub.
 
 Files given by hand come first, the hub second; whatever goes wrong is one `InputError` of one line.
 """
 
 import os
 import socket
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -97,24 +96,6 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: truncated or not an .npz file of arrays ({reason})") from error
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that nobody ever sees part of it: a temporary name, synced, then renamed.
-
-    Safe with several processes writing the same path at once; raises OSError (a full disk, ...).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def cache_folder() -> Path:
