@@ -21,11 +21,11 @@ from layer_tying.report import (
     comparison_table,
     figures,
     figures_agent,
-    read_run,
     tables,
     write_report,
 )
 from layer_tying.report.runs import curve, group_runs, numbers, spread
+from layer_tying.runs.reading import read_run
 
 LAYER_PARAMETERS, OTHER_PARAMETERS = 1000, 500
 CHROMIUM = shutil.which("chromium")
@@ -214,7 +214,7 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     ]
     groups = group_runs([read_run(folder) for folder in folders])
     assert [group.title for group in groups] == [
-        "conventional", "dynamic · every=10 (2 seeds)", "dynamic · every=20",
+        "conventional", "dqn · every=10 (2 seeds)", "dqn · every=20",
     ]  # fmt: skip
     assert [run.path.name for run in groups[1].runs] == ["a", "b"]
 
@@ -267,14 +267,14 @@ def test_the_comparison_holds_the_numbers_worked_out_by_hand(compared):
     outcome, cost = (
         cells(tables.comparison(groups, part)) for part in (tables.OUTCOME, tables.COST)
     )
-    dynamic = outcome["dynamic (3 seeds)"]
+    dynamic = outcome["dqn (3 seeds)"]
     assert dynamic["perplexity validation"] == "12.00 ± 2.00"
     assert dynamic["perplexity test"] == "20.00"
     assert dynamic["independent layers end"] == "3.0 ± 1.0"
     assert dynamic["trainable parameters mean"] == "250 k"
     assert dynamic["trainable parameters of conv."] == "25.0 %"
     assert "accuracy" not in dynamic and "independent layers of" not in dynamic
-    dynamic = cost["dynamic (3 seeds)"]
+    dynamic = cost["dqn (3 seeds)"]
     assert dynamic["model state mean"] == "4.00 MB"
     assert dynamic["peak memory"] == "12.3 MB"
     assert dynamic["time a step seconds"] == "0.300 ± 0.100"
@@ -288,8 +288,8 @@ def test_the_terminal_table_has_the_same_numbers_and_fits(compared):
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
     heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     found = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
-    assert found["dynamic (3 seeds)"]["val. ppl"] == "12.00 ± 2.00"
-    assert found["dynamic (3 seeds)"]["share"] == "25.0 %"
+    assert found["dqn (3 seeds)"]["val. ppl"] == "12.00 ± 2.00"
+    assert found["dqn (3 seeds)"]["share"] == "25.0 %"
     assert found["conventional"]["val. ppl"] == "11.00"
 
 
@@ -303,7 +303,7 @@ def test_the_papers_rows_stand_as_published_and_nothing_is_invented(compared):
             "—"
         ] * 4
         assert row["memory mean"] == "—"
-    ours = table["here: dynamic (3 seeds)"]
+    ours = table["here: dqn (3 seeds)"]
     assert ours["perplexity"] == "20.00" and ours["memory peak"] == "12.35 MB"
 
 
@@ -311,10 +311,10 @@ def test_unfinished_runs_are_marked_and_do_not_blur_finished_seeds(tmp_path):
     write_run(tmp_path / "a", seed=0, summary={"validation_perplexity": 10.0})
     write_run(tmp_path / "b", seed=1, finished=False)
     (group,) = group_runs([read_run(tmp_path / "a"), read_run(tmp_path / "b")])
-    assert tables.marked_title(group) == "dynamic (2 seeds), 1 unfinished"
+    assert tables.marked_title(group) == "dqn (2 seeds), 1 unfinished"
     assert spread(group, "validation_perplexity").mean == 10
     (alone,) = group_runs([read_run(tmp_path / "b")])
-    assert tables.marked_title(alone) == "dynamic, unfinished"
+    assert tables.marked_title(alone) == "dqn, unfinished"
     assert math.isfinite(spread(alone, "validation_perplexity").mean)
 
 
@@ -370,8 +370,12 @@ def test_q_is_drawn_lower_triangular_with_its_greedy_choices(tmp_path):
     assert greedy.tolist() == [[np.argmax(row), i] for i, row in enumerate(first)]
 
 
-def test_our_agents_worths_are_drawn_and_come_first(tmp_path):
-    papers, ours = (write_run(tmp_path / policy, policy) for policy in ("dqn", "bandit"))
+def test_the_bandits_worths_are_drawn_and_come_first(tmp_path):
+    better = {"validation_perplexity": 10.0}
+    papers, ours = (
+        write_run(tmp_path / policy, policy, summary=summary)
+        for policy, summary in (("dqn", None), ("bandit", better))
+    )
     worths = [0.0, 0.5, 0.02, -0.01, 0.0, 0.03, 0.0, 0.1]
     rows = [[0.0] * i + [worth] for i, worth in enumerate(worths)]
     start = {"step": 0, "state": [0, 1, 1, 1, 1, 1, 1, 7]}
@@ -492,7 +496,7 @@ def test_a_run_without_a_logged_line_still_gets_a_page(tmp_path):
     assert dict(rcParams) == before
     assert [path.stem for path in written[1:]] == ["final_tyings_8_layers"] * 2
     text = "".join(Page(written[0].read_text("utf-8")).text)
-    assert "1 run: dynamic (1 unfinished)" in text  # one folder twice is one run, not two seeds
+    assert "1 run: dqn (1 unfinished)" in text  # one folder twice is one run, not two seeds
 
 
 def test_what_cannot_be_reported_is_one_line(tmp_path):
@@ -513,7 +517,8 @@ def test_the_report_needs_no_torch_and_no_global_figures():
             for name in names:
                 top = name.partition(".")[0]
                 assert top in {"numpy", "matplotlib"} or top in sys.stdlib_module_names or (
-                    name == "layer_tying.errors" or name.startswith("layer_tying.report")
+                    name == "layer_tying.errors"
+                    or name.startswith(("layer_tying.report", "layer_tying.runs.reading"))
                 ), f"{path.name} imports {name}"  # fmt: skip
                 assert "pyplot" not in name
 

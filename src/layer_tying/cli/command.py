@@ -263,7 +263,8 @@ def _recipe(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     """Each policy trains in a process of its own, so that its peak memory is its own."""
-    from layer_tying.report import comparison_table, read_run, write_report
+    from layer_tying.report import comparison_table, write_report
+    from layer_tying.runs.reading import read_run
 
     configs = [
         _config(options, policy=policy, exp=f"{options.exp}/{policy}", **_left_out(policy))
@@ -352,7 +353,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from layer_tying.report import comparison_table, read_run, write_report
+    from layer_tying.report import comparison_table, write_report
+    from layer_tying.runs.reading import read_run
 
     page = options.output or options.folders[0] / "report.html"
     write_report(options.folders, page)

@@ -9,7 +9,6 @@ build     what stands on the page, in which order, and the files
 """
 
 from layer_tying.report.build import write_report
-from layer_tying.report.runs import Run, read_run
 from layer_tying.report.tables import comparison_table
 
-__all__ = ["Run", "comparison_table", "read_run", "write_report"]
+__all__ = ["comparison_table", "write_report"]

@@ -24,8 +24,8 @@ from layer_tying.report.runs import (
     conventional_for,
     curve,
     group_runs,
-    read_run,
 )
+from layer_tying.runs.reading import Run, read_run
 
 # name of its files, the figure, its caption -> HTML
 Show = Callable[[str, Figure, str], str]
@@ -120,10 +120,8 @@ def _lead(groups: list[RunGroup]) -> str:
 
 
 def _tiles(groups: list[RunGroup]) -> str:
-    """The outcome in large numbers: an agent's, else that of the first run not conventional."""
-    deciding = [group for group in groups if group.runs[0].policy != "none"] or groups
-    by_policy = {group.runs[0].policy: group for group in reversed(deciding)}
-    ours = by_policy.get("bandit") or by_policy.get("dqn") or deciding[0]
+    """The outcome of the foremost group in large numbers."""
+    ours = _foremost(groups)
     baseline = conventional_for(ours, groups)
 
     def mean(key: str, group: RunGroup = ours) -> float:
@@ -144,6 +142,18 @@ def _tiles(groups: list[RunGroup]) -> str:
         (format_times(time), "of conventional training’s time a step"),
     ]  # fmt: skip
     return page.tiles([(number, text) for number, text in items if number != "—"])
+
+
+def _foremost(groups: list[RunGroup]) -> RunGroup:
+    """The group that did best on validation: of dynamic ones, else of all that are tied."""
+
+    def perplexity(group: RunGroup) -> float:
+        value = tables.value_of("validation_perplexity", group, groups).mean
+        return value if math.isfinite(value) else math.inf
+
+    dynamic = [group for group in groups if group.runs[0].is_dynamic]
+    tied = [group for group in groups if not group.runs[0].is_conventional]
+    return min(dynamic or tied or groups, key=perplexity)
 
 
 def _comparison(groups: list[RunGroup]) -> list[str]:
@@ -192,7 +202,7 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[str]:
         for group in alike:
             run = group.runs[0]
             if run.is_dynamic:
-                seed = f", seed {run.config.get('seed')}" if len(group.runs) > 1 else ""
+                seed = f", seed {run.setting('seed')}" if len(group.runs) > 1 else ""
                 caption = (
                     f"{group.label}{seed}. A column is the tying after a decision (0: the start), "
                     "a colour is an owner: cells of one colour in a column share one set of "
@@ -220,19 +230,21 @@ def _independence(groups: list[RunGroup], show: Show) -> list[str]:
 def _expectations(groups: list[RunGroup], show: Show) -> list[str]:
     """Those of the first run of each agent that recorded them."""
     recorded = [
-        (f"{group.label}, seed {run.config.get('seed')}.", run)
+        (f"{group.label}, seed {run.setting('seed')}.", run)
         for group in groups
         for run in group.runs
         if any(line.get("q") for line in run.decisions)
     ]
+    worths = [each for each in recorded if figures_agent.records_worths(each[1])]
+    matrices = [each for each in recorded if each not in worths]
     blocks = []
-    for name, run in [each for each in recorded if each[1].policy == "bandit"][:1]:
+    for name, run in worths[:1]:
         caption = (
             f"{name} What each layer is worth, in nats, as the first of its group: so much higher "
             "would the loss be if it used the weights of the layer before it."
         )
         blocks.append(show("worths", figures_agent.draw_worths(run), caption))
-    for name, run in [each for each in recorded if each[1].policy != "bandit"][:1]:
+    for name, run in matrices[:1]:
         caption = (
             f"{name} The Q-network’s matrix: row i holds the expected return of each choice of "
             "layer i; darker is better, on a scale of its own. A dot marks the best choice; on the "
@@ -260,7 +272,7 @@ def _beside_the_paper(groups: list[RunGroup]) -> list[str]:
 
 def _common_configuration(groups: list[RunGroup]) -> dict[str, object]:
     """The settings that are the same in all runs."""
-    configs = [run.config for group in groups for run in group.runs]
+    configs = [run.settings for group in groups for run in group.runs]
     return {
         key: value
         for key, value in configs[0].items()

@@ -21,11 +21,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from layer_tying.report.formats import format_bytes, format_number, format_scaled
-from layer_tying.report.runs import Run, RunGroup, curve
+from layer_tying.report.runs import RunGroup, curve
+from layer_tying.runs.reading import Run
 
 INK, MUTED, GRID, PAPER = "#1b1f25", "#69717c", "#dfe2e7", "#fefefe"
-CONVENTIONAL, DYNAMIC = "#8a919b", "#1f77c4"
-OTHERS = ("#d9730d", "#0f9d77", "#c45a9c", "#b8991a", "#6a5acd", "#56b4e9")
+CONVENTIONAL, ACCENT = "#8a919b", "#1f77c4"
+OTHERS = (ACCENT, "#d9730d", "#0f9d77", "#c45a9c", "#b8991a", "#6a5acd", "#56b4e9")
 COMPONENTS = {"parameter": "#31688e", "gradient": "#35a58b", "moment": "#a5c957"}
 OWNERS = LinearSegmentedColormap.from_list(
     "owners",
@@ -87,12 +88,12 @@ def owner_colours(runs: Sequence[Run]) -> np.ndarray:
 
 
 def group_styles(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """Colour and dashes of each group's line: conventional grey, the paper's agent blue."""
+    """Colour and dashes of each group's line; conventional training is grey."""
     taken: dict[str, int] = {}
     styles = []
     others = iter(range(len(groups)))
     for group in groups:
-        colour = {"none": CONVENTIONAL, "dqn": DYNAMIC}.get(group.runs[0].policy)
+        colour = CONVENTIONAL if group.runs[0].is_conventional else None
         if colour is None or colour in taken:
             colour = OTHERS[next(others) % len(OTHERS)]
         taken[colour] = taken.get(colour, -1) + 1
@@ -253,7 +254,7 @@ def bare(axes: Axes) -> None:
 
 def _every(run: Run, step: int = 1) -> str:
     """How far apart decisions are, and which of them are drawn where not all are."""
-    every = run.config.get("every")
+    every = run.setting("every")
     parts = [f"one every {every:,} optimizer steps"] if isinstance(every, int) else []
     parts += [f"one in {step} shown"] if step > 1 else []
     return f" ({', '.join(parts)})" if parts else ""
@@ -320,7 +321,7 @@ def _final_rows(group: RunGroup) -> list[tuple[str, np.ndarray]]:
     last = [run.states[-1] for run in group.runs]
     if all(np.array_equal(last[0], owners) for owners in last):
         return [(group.label, last[0])]
-    labels = [f"{group.label}, seed {run.config.get('seed')}" for run in group.runs]
+    labels = [f"{group.label}, seed {run.setting('seed')}" for run in group.runs]
     return list(zip(labels, last, strict=True))
 
 

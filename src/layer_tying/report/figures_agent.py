@@ -7,9 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from layer_tying.report.figures import DYNAMIC, NARROW, SHARES, bare, layer_axis
+from layer_tying.report.figures import ACCENT, NARROW, SHARES, bare, layer_axis
 from layer_tying.report.formats import format_number
-from layer_tying.report.runs import Run, as_number
+from layer_tying.runs.reading import Run, as_number
+
+
+def records_worths(run: Run) -> bool:
+    """Whether what the agent recorded is one worth for each layer, on the matrix's diagonal."""
+    last = next(line["q"] for line in reversed(run.decisions) if line.get("q"))
+    return not any(value for row in last for value in row[:-1])
 
 
 def draw_q(run: Run) -> Figure:
@@ -50,9 +56,7 @@ def draw_worths(run: Run) -> Figure:
         layers = range(1, len(worths))  # layer 0 always begins a group
         label = f"decision {index}"
         strength = number / len(chosen)
-        axes.plot(
-            layers, worths[1:], "o-", color=DYNAMIC, alpha=strength, markersize=4, label=label
-        )
+        axes.plot(layers, worths[1:], "o-", color=ACCENT, alpha=strength, markersize=4, label=label)
     axes.set(xlabel="layer", ylabel="worth, nats")
     layer_axis(axes.xaxis, run.num_layers)
     axes.grid(axis="y", linewidth=0.7)

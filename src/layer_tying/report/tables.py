@@ -18,7 +18,6 @@ from layer_tying.report.formats import (
     format_times,
 )
 from layer_tying.report.runs import (
-    Run,
     RunGroup,
     Spread,
     conventional_for,
@@ -26,6 +25,7 @@ from layer_tying.report.runs import (
     numbers,
     spread,
 )
+from layer_tying.runs.reading import Run
 
 Table = tuple[list[tuple[str, str]], list[list[str]]]
 
@@ -125,11 +125,11 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def beside_the_paper(groups: Sequence[RunGroup]) -> Table | None:
-    """The published rows, then conventional and dynamic runs on text; None where there are none."""
+    """The published rows, then conventional and dynamic runs on text; None if there are none."""
     ours = [
         group
         for group in groups
-        if group.runs[0].policy in ("none", "dqn")
+        if (group.runs[0].is_conventional or group.runs[0].is_dynamic)
         and math.isfinite(spread(group, "validation_perplexity").mean)
         and not math.isfinite(spread(group, "accuracy").mean)
     ]
@@ -157,7 +157,7 @@ def run_list(groups: Sequence[RunGroup]) -> Table:
             rows.append([
                 run.path.name,
                 group.label,
-                str(run.config.get("seed", "—")),
+                str(run.setting("seed", "—")),
                 format_number(reached.get("steps", math.nan), digits=0),
                 format_scaled(reached.get("tokens", math.nan)),
                 str(len(run.decisions) - 1),

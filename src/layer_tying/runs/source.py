@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from layer_tying.core.find import find_layers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
-from layer_tying.report import Run, read_run
 from layer_tying.runs.config import SHAPE, TrainConfig
 from layer_tying.runs.folder import RunLog
+from layer_tying.runs.reading import Run, read_run
 from layer_tying.saving.checkpoint import Checkpoint, read_checkpoint, unique_tensors
 
 
@@ -92,7 +92,7 @@ def _source(config: TrainConfig, settings: tuple[str, ...]) -> Run:
     assert config.source is not None  # the configuration saw to it
     run = read_run(Path(config.source))
     for name in settings:
-        theirs, ours = run.config.get(name), getattr(config, name)
+        theirs, ours = run.setting(name), getattr(config, name)
         if theirs != ours:
             raise InputError(f"{name} is {ours!r} here, but {theirs!r} in {run.path}")
     return run

@@ -1,0 +1,35 @@
+"""The reader of run folders: settings by their flat names, whatever group holds them."""
+
+import json
+
+import pytest
+
+from layer_tying.runs.reading import read_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = {"model": {"nlayers": 2, "family": "gpt2"}, "tying": {"policy": "dqn"}, "seed": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n')
+    (tmp_path / "tying.jsonl").write_text('{"step": 0, "state": [0, 1]}\n')
+    return tmp_path
+
+
+def test_a_setting_is_found_in_any_group_and_outside_of_groups(folder):
+    run = read_run(folder)
+    assert (run.setting("nlayers"), run.setting("seed"), run.policy) == (2, 3, "dqn")
+    assert run.setting("unknown") is None
+    assert run.settings == {"nlayers": 2, "family": "gpt2", "policy": "dqn", "seed": 3}
+
+
+def test_a_run_is_conventional_if_every_layer_is_independent_throughout(folder):
+    assert read_run(folder).is_conventional
+    with (folder / "tying.jsonl").open("a") as file:
+        file.write('{"step": 1, "state": [0, 1]}\n')
+    assert not read_run(folder).is_conventional, "it took a decision"
+
+
+def test_an_absent_number_is_nan(folder):
+    loss, missing = read_run(folder).series("loss"), read_run(folder).series("accuracy")
+    assert loss[0] == 2.5 and loss[1] != loss[1] and (missing != missing).all()
