@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import Command, run_command, traces_of, write_text
+from tolerance import close_to
 
 from layer_tying.cli.command import _config, _parser
 from layer_tying.runs.config import TrainConfig
@@ -74,8 +75,8 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
         code, out, _ = run_command("evaluate", "runs/ä run", "--split", split, cwd=here)
         assert code == 0
         scores = json.loads(out)
-        assert scores["bits_per_byte"] == summary[f"{split}_bits_per_byte"]
-        assert scores == {name: summary[f"{split}_{name}"] for name in scores}
+        assert "bits_per_byte" in scores
+        assert scores == close_to({name: summary[f"{split}_{name}"] for name in scores})
     code, out, _ = run_command("report", "runs/ä run", "--output", "page.html", cwd=here)
     assert code == 0
     assert f"{summary['validation_perplexity']:.4}"[:4] in out

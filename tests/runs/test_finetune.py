@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
+from tolerance import assert_close
 
 from layer_tying.cli import main
 from layer_tying.core.tying import Tying
@@ -103,7 +104,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     with torch.no_grad():
         ours = classifier.base_model(input_ids=ids).last_hidden_state
         theirs = pretrained.base_model(input_ids=ids).last_hidden_state
-    assert torch.equal(ours, theirs)
+    assert_close(ours, theirs)
     assert ours.std() > 0.1
 
 
@@ -119,7 +120,7 @@ def test_what_a_row_is_padded_to_does_not_matter(folder, family):
         together = workload._logits(model, encode(examples, tokenizer, 24))
         alone = [workload._logits(model, encode([each], tokenizer, 24))[0] for each in examples]
         other = workload._logits(model, encode([Example("b", None, 0)], tokenizer, 24))[0]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    assert_close(together, torch.stack(alone), layers=4)
     assert not torch.allclose(alone[0], other, atol=1e-4), "it does not look at the text"
 
 

@@ -1,6 +1,9 @@
-"""Ctrl-C as a request: the first is answered between two steps, the second is not held back."""
+"""Ctrl-C as a request: the first is answered between two steps, the second is not held back.
 
-import os
+``signal.raise_signal`` sends to this very thread and returns when it was delivered; ``os.kill``
+may hand the signal to another thread of the process, and then it comes some time later.
+"""
+
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +23,7 @@ def test_the_first_is_a_request(number):
     before = handlers()
     with stop_requests() as stop_requested:
         assert not stop_requested()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop_requested()
     assert handlers() == before
 
@@ -28,9 +31,9 @@ def test_the_first_is_a_request(number):
 def test_the_second_is_not_held_back():
     before = handlers()
     with pytest.raises(KeyboardInterrupt), stop_requests() as stop_requested:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop_requested()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert handlers() == before
 
 

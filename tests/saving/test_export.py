@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import small, write_text
 from test_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tiny_models import Plain, gpt2, loss_of, t5
+from tolerance import assert_close, close_to
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,11 +61,12 @@ def plain_copy(kind: str, model: torch.nn.Module, dtype: torch.dtype) -> torch.n
 
 
 def logits(model: torch.nn.Module, kind: str) -> torch.Tensor:
+    """What a model computes from its weights, in a precision that leaves little to rounding."""
     inputs = inputs_for(kind)
     if "pixel_values" in inputs:
-        inputs = {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+        inputs = {"pixel_values": inputs["pixel_values"].double()}
     with torch.no_grad():
-        return model(**inputs).logits
+        return copy.deepcopy(model).double()(**inputs).logits
 
 
 @FAMILIES
@@ -76,7 +78,7 @@ def test_expanded_is_a_plain_folder_with_equal_logits(kind, embeddings_tied, dty
     loaded, info = CLASSES[kind].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), "a key is missing, unexpected or of another shape"
     assert loaded.dtype == DTYPES[dtype]
-    assert torch.equal(logits(loaded, kind), logits(plain, kind))
+    assert_close(logits(loaded, kind), logits(plain, kind))
     plain.save_pretrained(tmp_path / "theirs")
     ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
     assert {f.name for f in ours.iterdir()} == {f.name for f in theirs.iterdir()}
@@ -95,7 +97,7 @@ def test_compact_is_loaded_still_shared(kind, embeddings_tied, dtype, tmp_path):
     export_compact(model, tmp_path, DTYPES[dtype])
     loaded = load(tmp_path)
     assert type(loaded) is CLASSES[kind] and not loaded.training
-    assert torch.equal(logits(loaded, kind), logits(plain_copy(kind, model, DTYPES[dtype]), kind))
+    assert_close(logits(loaded, kind), logits(plain_copy(kind, model, DTYPES[dtype]), kind))
     assert TiedLayers(loaded).tying == SOME_TIED
     before = dict(model.named_parameters())
     after = dict(loaded.named_parameters())
@@ -186,7 +188,7 @@ def test_a_loaded_model_goes_on_training(tmp_path):
             optimizer.zero_grad()
             losses[name].append(loss.item())
             layers.verify()
-    assert losses["loaded"] == losses["was"]
+    assert losses["loaded"] == close_to(losses["was"], layers=3 * 3 * 6)  # three training steps
 
 
 # Any module, any sharing
@@ -200,10 +202,10 @@ def test_a_model_that_is_not_transformers_is_passed_in(tmp_path):
     fresh = Plain()
     assert load(tmp_path, fresh) is fresh
     assert TiedLayers(fresh).tying == Tying.from_labels("abab" + "cc")
-    assert torch.equal(loss_of(fresh), loss_of(model))
+    assert_close(loss_of(fresh), loss_of(model))
     other = Plain()
     TiedLayers(other, gradient="owner").apply(Tying.from_labels("ababcd"))
-    assert torch.equal(loss_of(load(tmp_path, other)), loss_of(model))
+    assert_close(loss_of(load(tmp_path, other)), loss_of(model))
     assert fresh.blocks[3].offset == 3, "buffers are each layer's own"
     with pytest.raises(InputError, match=r"Plain is not a model of transformers"):
         export_expanded(model, tmp_path)
@@ -223,10 +225,10 @@ def test_any_sharing_comes_back(tmp_path):
     inputs = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
     wanted = model(**inputs).loss
     loaded = load(tmp_path / "compact")
-    assert torch.equal(loaded(**inputs).loss, wanted)
+    assert_close(loaded(**inputs).loss, wanted)
     assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in model.named_parameters()}
     plain = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "expanded")
-    assert torch.equal(plain(**inputs).loss, wanted)
+    assert_close(plain(**inputs).loss, wanted)
 
 
 def test_the_gradient_mode_makes_no_difference(tmp_path):
@@ -235,7 +237,7 @@ def test_the_gradient_mode_makes_no_difference(tmp_path):
     export_compact(model, tmp_path / "compact")
     export_expanded(model, tmp_path / "expanded")
     plain = CLASSES["gpt2"].from_pretrained(tmp_path / "expanded")
-    assert torch.equal(logits(load(tmp_path / "compact"), "gpt2"), logits(plain, "gpt2"))
+    assert_close(logits(load(tmp_path / "compact"), "gpt2"), logits(plain, "gpt2"))
 
 
 # What is broken or foreign
@@ -353,7 +355,7 @@ def test_the_command_exports_with_the_tokenizer_and_says_the_sizes(name, run, tm
         ids = torch.tensor([ours.encode("the old tree").tolist()])
         for parameter in loaded.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
-        assert torch.equal(again(ids).logits, loaded(ids).logits)
+        assert_close(again.double()(ids).logits, loaded.double()(ids).logits)
 
 
 def test_what_the_command_refuses(run, tmp_path, capsys):
@@ -386,5 +388,5 @@ def test_the_snippet_loads_a_compact_export_with_torch_and_safetensors_only(tmp_
     fresh = gpt2().eval()
     namespace["load_compact"](fresh, tmp_path)
     x = torch.arange(8)[None]
-    assert torch.equal(fresh(x).logits, model(x).logits)
+    assert_close(fresh(x).logits, model(x).logits)
     assert len(list(fresh.parameters())) == len(list(model.parameters())), "still shared"
