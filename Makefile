@@ -16,6 +16,25 @@ test: $(VENV)/.test   ## the tests, in minutes, without a network
 test-slow: $(VENV)/.test ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
+# The kernels of a processor without AVX. What each variable changes was found by comparing results
+# to the last bit, with torch 2.13 on an AMD EPYC that has AVX2:
+# - ATEN_CPU_CAPABILITY: PyTorch's own kernels, such as softmax, layer norm, attention, GELU in
+#   bf16, and normally distributed random numbers.
+# - ONEDNN_MAX_CPU_ISA: oneDNN's kernels, which are GELU in fp32 and convolutions.
+# - MKL_ENABLE_INSTRUCTIONS: nothing on AMD, since MKL heeds it on Intel processors only.
+# - MKL_CBWR: matrix products, on any processor.
+WEAK := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	MKL_CBWR=COMPATIBLE
+test-weak: $(VENV)/.test ## the tests that depend on kernels, as an old processor runs them
+	$(WEAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m 'numerics and not slow'
+
+test-oldest:          ## the tests with the oldest versions that are supported: gigabytes to install
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check \
+		-c constraints-oldest.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+
 check: $(VENV)/.test  ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +76,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow check bench-memory bench-speed bench-alternatives bench-quality
+.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-quality

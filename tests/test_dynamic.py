@@ -17,6 +17,8 @@ from layer_tying.errors import InputError
 from layer_tying.policies.dqn import DQN
 from layer_tying.policies.simple import RandomPolicy
 
+pytestmark = pytest.mark.numerics
+
 
 class Script(RandomPolicy):
     """A policy that plays the actions it was given, and notes what it is told."""

@@ -131,6 +131,7 @@ def a_users_loop(averages: bool, steps: int) -> tuple[list[int], list[list[float
     return seen, [p.flatten().tolist() for p in model.parameters()]
 
 
+@pytest.mark.numerics
 def test_in_a_users_own_loop_ranks_stay_equal_to_the_bit():
     (ours, our_weights), (theirs, their_weights) = on_ranks(2, a_users_loop, True, 12)
     assert ours == theirs and len(set(ours)) > 2, "it decided the same, and not always the same"

@@ -51,6 +51,7 @@ def assert_followed(one: Path, other: Path) -> None:
             assert pairs and all(a == pytest.approx(b, **tolerance) for a, b in pairs)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "changes",
     [{}, {"family": "bert", "accumulate": 2, "reward": "perplexity"}],

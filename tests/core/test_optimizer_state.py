@@ -13,6 +13,8 @@ from torch import nn
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 
+pytestmark = pytest.mark.numerics
+
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),

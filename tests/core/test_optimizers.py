@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from layer_tying import DynamicTying, RandomPolicy, TiedLayers, Tying
 from layer_tying.saving.checkpoint import load_moments_by_name, moments_by_name
 
+pytestmark = pytest.mark.numerics
+
 
 class Lion(Optimizer):
     """Chen et al. 2023, as one would write it in an afternoon."""

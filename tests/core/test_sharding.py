@@ -55,6 +55,7 @@ def sharded_and_plain(cases: list[tuple]) -> list[tuple[list[float], list[float]
     return results
 
 
+@pytest.mark.numerics
 def test_a_sharded_model_trains_like_a_whole_one():
     cases = [
         (gpt2, TYINGS[0], {}, False),

@@ -22,6 +22,8 @@ from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
+pytestmark = pytest.mark.numerics
+
 MODELS = [Plain, gpt2]
 T5_LISTS = {"layers": ["encoder.block", "decoder.block"], "untied": ["*relative_attention_bias*"]}
 

@@ -19,6 +19,8 @@ from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
+pytestmark = pytest.mark.numerics
+
 
 def test_buffers_hooks_and_indices_stay_the_layers_own():
     model = gpt2()

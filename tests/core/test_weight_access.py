@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 
+pytestmark = pytest.mark.numerics
+
 TYINGS = [Tying((0, 0, 0, 0, 0, 0)), Tying((0, 1, 0, 1, 4, 1)), Tying.independent(6)]
 MODELS = [Plain, gpt2, llama]
 

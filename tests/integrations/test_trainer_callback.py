@@ -140,6 +140,7 @@ CASES = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     options, changes = CASES[name]
@@ -165,6 +166,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     assert bool(rewards) == ("policy" not in options)
 
 
+@pytest.mark.numerics
 def test_a_checkpoint_is_a_plain_model_for_anyone_else(tmp_path):
     run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=10)
     run.train()
@@ -192,6 +194,7 @@ def test_our_part_of_a_checkpoint_holds_each_weight_once(tmp_path):
     assert run.optimizer.state_dict()["state"], "that is how it is saved, not how it is"
 
 
+@pytest.mark.numerics
 def test_the_best_weights_come_back_with_their_tying(tmp_path):
     seen = {}
 

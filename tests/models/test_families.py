@@ -23,6 +23,8 @@ from layer_tying import (
     load,
 )
 
+pytestmark = pytest.mark.numerics
+
 transformers.logging.set_verbosity_error()
 LAYERS = 4
 STEPS = 30

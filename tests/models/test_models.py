@@ -19,6 +19,8 @@ from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.models.build import build_model, image_config, language_config, model_class
 
+pytestmark = pytest.mark.numerics
+
 transformers.logging.set_verbosity_error()
 NUM_LAYERS = 4
 SOME_TIED = Tying((0, 0, 2, 0))

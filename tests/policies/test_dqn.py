@@ -15,6 +15,8 @@ from layer_tying.policies.base import Policy
 from layer_tying.policies.dqn import DQN, QNetwork, action_value, max_action_value, td_target
 from layer_tying.policies.simple import RandomPolicy
 
+pytestmark = pytest.mark.numerics
+
 INF = float("inf")
 Q = torch.tensor([[1.0, -INF, -INF], [2.0, 5.0, -INF], [0.0, 3.0, -1.0]])
 STATES = [Tying((0, 0, 0, 0)), Tying((0, 1, 0, 1)), Tying((0, 1, 2, 0)), Tying((0, 0, 2, 3))]

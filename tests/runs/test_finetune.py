@@ -88,6 +88,7 @@ def classifier_of(config: TrainConfig, tying: Tying):
     return model
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("tying", ["keep", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backbone_computes_what_the_run_did(folder, family, tying):
@@ -108,6 +109,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     assert ours.std() > 0.1
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_row_is_padded_to_does_not_matter(folder, family):
     """GPT-2 and Llama have to find the last token that is not padding."""
@@ -124,6 +126,7 @@ def test_what_a_row_is_padded_to_does_not_matter(folder, family):
     assert not torch.allclose(alone[0], other, atol=1e-4), "it does not look at the text"
 
 
+@pytest.mark.numerics
 def test_bert_is_told_which_text_a_token_is_of(folder):
     config = finetuning(folder, "bert", "none")
     workload = build_workload(config)

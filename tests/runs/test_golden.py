@@ -12,6 +12,8 @@ from small_runs import lines_of, small, write_text
 
 from layer_tying.runs.train import train
 
+pytestmark = pytest.mark.numerics
+
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 CONFIGS = {
     "gpt2-dqn": {"family": "gpt2", "policy": "dqn"},

@@ -351,6 +351,7 @@ def test_a_tracker_gets_what_is_logged(tmp_path, text):
 # What is trained
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, text, family):
     """The stream hands out the same examples in the same order, four at a time or eight."""
@@ -365,6 +366,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, text, fami
         assert torch.allclose(mine, other, atol=1e-4)
 
 
+@pytest.mark.numerics
 def test_a_step_is_one_of_adamw_on_the_clipped_gradient(tmp_path, text):
     config = small(tmp_path, policy="none", clip=0.01, warmup=0.5, weight_decay=0.3, lr=1e-3)
     training, other = training_of(config), training_of(config)
@@ -466,6 +468,7 @@ def test_storage_is_what_the_tying_says_after_every_step(tmp_path, text):
     assert len(seen) > 3
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_recomputing_activations_changes_no_number(tmp_path, text, family):
     config = small(tmp_path, family=family, gradient="owner", max_steps=8, dropout=0.1)
@@ -492,6 +495,7 @@ def test_bf16_trains_and_keeps_weights_in_single_precision(tmp_path, text):
         assert scores["perplexity"] == close_to(half[f"{split}_perplexity"])
 
 
+@pytest.mark.numerics
 def test_images(tmp_path):
     pytest.importorskip("sklearn")
     config = small(tmp_path, family="vit", dataset="digits", lr=0.003, batch_size=32)
@@ -564,6 +568,7 @@ def test_the_summary(tmp_path, text):
     assert asdict(other.config) != asdict(config)
 
 
+@pytest.mark.numerics
 def test_evaluation_agrees_with_the_summary(tmp_path, text):
     config = small(tmp_path, family="bert")
     summary = train(config)
@@ -572,6 +577,7 @@ def test_evaluation_agrees_with_the_summary(tmp_path, text):
         assert scores["perplexity"] == close_to(summary[f"{split}_perplexity"])
 
 
+@pytest.mark.numerics
 def test_the_best_weights_are_scored_not_the_last(tmp_path, text):
     """A learning rate that spoils what was learned: the first validation is the best."""
     config = small(tmp_path, policy="none", lr=3.0, warmup=0.9, eval_every=1, clip=1e6)

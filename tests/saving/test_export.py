@@ -25,6 +25,8 @@ from layer_tying.models.build import build_model
 from layer_tying.runs.train import train
 from layer_tying.saving.export import COMPACT
 
+pytestmark = pytest.mark.numerics
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HOW_TO = Path(__file__).parents[2] / "docs" / "howto-export.md"
 

@@ -13,6 +13,8 @@ from layer_tying.saving.checkpoint import save_checkpoint
 from layer_tying.saving.export import export_run
 from layer_tying.saving.generate import generate
 
+pytestmark = pytest.mark.numerics
+
 CONTEXT = 32
 
 

@@ -11,6 +11,8 @@ from layer_tying.models.build import language_config
 from layer_tying.tasks import cross_entropy
 from layer_tying.tasks.cross_entropy import chunked_cross_entropy, language_model_loss
 
+pytestmark = pytest.mark.numerics
+
 WIDTH, VOCABULARY = 6, 11
 
 

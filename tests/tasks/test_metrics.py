@@ -13,6 +13,8 @@ from torch import nn
 
 from layer_tying.tasks import metrics as ours
 
+pytestmark = pytest.mark.numerics
+
 LABELS = st.integers(1, 30).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 1), min_size=n, max_size=n)] * 2)
 )

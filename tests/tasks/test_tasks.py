@@ -24,6 +24,8 @@ from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.train import evaluate_run, train
 from layer_tying.tasks.base import build_workload
 
+pytestmark = pytest.mark.numerics
+
 REAL = os.environ.get(sources.ENVIRONMENT)
 
 
