@@ -128,7 +128,7 @@ def test_compare(here):
         table = [line for line in out.splitlines() if line.startswith("|")]
         assert len(table) == 5  # head, rule, three runs
         assert "conventional" in table[2]
-        assert "dynamic" in table[3]
+        assert "dqn" in table[3]
         assert "bandit" in table[4]
     assert (here / "runs/c/report.html").exists()
     configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]

@@ -17,6 +17,7 @@ from layer_tying.report.formats import (
     format_scaled,
     format_times,
 )
+from layer_tying.report.markdown import markdown_table
 from layer_tying.report.runs import (
     RunGroup,
     Spread,
@@ -118,9 +119,9 @@ def comparison_table(runs: Sequence[Run]) -> str:
     groups = group_runs(runs)
     columns = _telling_columns(groups, OUTCOME + COST)
     while True:
-        lines = _markdown(groups, columns)
-        if len(lines[0]) <= TERMINAL_WIDTH or len(columns) < 2:
-            return "\n".join(lines)
+        table = _markdown(groups, columns)
+        if table.index("\n") <= TERMINAL_WIDTH or len(columns) < 2:
+            return table
         columns.remove(max(columns, key=lambda column: column.rank))
 
 
@@ -213,20 +214,14 @@ def _telling_columns(groups: Sequence[RunGroup], columns: Sequence[Column]) -> l
     ]
 
 
-def _markdown(groups: Sequence[RunGroup], columns: Sequence[Column]) -> list[str]:
-    """Lines of equal length; only quality is given with its spread, for width."""
-    rows = [["run", *(column.short for column in columns)]]
-    for group in groups:
-        row = [marked_title(group).replace("|", "/")]
-        for column in columns:
-            value = value_of(column.key, group, groups)
-            sd = value.sd if column.key in QUALITY else math.nan
-            row.append(column.write(value.mean, sd))
-        rows.append(row)
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        for row in (rows[0], rule, *rows[1:])
-    ]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _markdown(groups: Sequence[RunGroup], columns: Sequence[Column]) -> str:
+    """The columns as a Markdown table; only quality is given with its spread, for width."""
+
+    def cell(group: RunGroup, column: Column) -> str:
+        value = value_of(column.key, group, groups)
+        return column.write(value.mean, value.sd if column.key in QUALITY else math.nan)
+
+    return markdown_table(
+        ["run", *(column.short for column in columns)],
+        [[marked_title(group), *(cell(group, column) for column in columns)] for group in groups],
+    )
