@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from layer_tying.errors import InputError
@@ -28,7 +29,7 @@ from layer_tying.report.runs import (
 from layer_tying.runs.reading import Run, read_run
 
 # name of its files, the figure, its caption -> HTML
-Show = Callable[[str, Figure, str], str]
+Show = Callable[[str, Figure, str], Markup]
 
 CURVES = {
     "validation_perplexity": (
@@ -68,7 +69,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     album = output.with_name(f"{output.stem}_figures")
     written = [output]
 
-    def show(name: str, figure: Figure, caption: str) -> str:
+    def show(name: str, figure: Figure, caption: str) -> Markup:
         svg, png = figures.render(figure)
         for suffix, content in ((".svg", svg.encode()), (".png", png)):
             written.append(album / (name + suffix))
@@ -78,17 +79,18 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     try:
         album.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(figures.STYLE):
-            blocks = [_tiles(groups), *_sections(groups, show)]
-        output.write_text(page.document(_title(groups), _lead(groups), blocks), encoding="utf-8")
+            sections = _sections(groups, show)
+        html = page.document(_title(groups), _lead(groups), _tiles(groups), sections)
+        output.write_text(html, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output}: cannot write the report: {error.strerror}") from None
     return written
 
 
-def _sections(groups: list[RunGroup], show: Show) -> list[str]:
+def _sections(groups: list[RunGroup], show: Show) -> list[tuple[str, list[Markup]]]:
     sections = {
         "Comparison": _comparison(groups),
-        "Over training": [page.grid(_curves(groups, show))],
+        "Over training": [page.grid(curves)] if (curves := _curves(groups, show)) else [],
         "Who owns whom": _ownership(groups, show),
         "How often each layer was independent": _independence(groups, show),
         "What the agent expects": _expectations(groups, show),
@@ -96,7 +98,7 @@ def _sections(groups: list[RunGroup], show: Show) -> list[str]:
         "Beside the paper": _beside_the_paper(groups),
         "Runs": [page.table(*tables.run_list(groups), kind="left"), _configuration(groups)],
     }
-    return [page.section(title, blocks) for title, blocks in sections.items() if any(blocks)]
+    return [(heading, blocks) for heading, blocks in sections.items() if blocks]
 
 
 def _title(groups: list[RunGroup]) -> str:
@@ -119,7 +121,7 @@ def _lead(groups: list[RunGroup]) -> str:
     return count + names + (f" ({unfinished} unfinished)" if unfinished else "")
 
 
-def _tiles(groups: list[RunGroup]) -> str:
+def _tiles(groups: list[RunGroup]) -> list[tuple[str, str]]:
     """The outcome of the foremost group in large numbers."""
     ours = _foremost(groups)
     baseline = conventional_for(ours, groups)
@@ -141,7 +143,7 @@ def _tiles(groups: list[RunGroup]) -> str:
         (format_percent(share), "of conventional training’s parameters trained, mean"),
         (format_times(time), "of conventional training’s time a step"),
     ]  # fmt: skip
-    return page.tiles([(number, text) for number, text in items if number != "—"])
+    return [(number, text) for number, text in items if number != "—"]
 
 
 def _foremost(groups: list[RunGroup]) -> RunGroup:
@@ -156,7 +158,7 @@ def _foremost(groups: list[RunGroup]) -> RunGroup:
     return min(dynamic or tied or groups, key=perplexity)
 
 
-def _comparison(groups: list[RunGroup]) -> list[str]:
+def _comparison(groups: list[RunGroup]) -> list[Markup]:
     """What came out, and what it cost."""
     both = [tables.comparison(groups, part) for part in (tables.OUTCOME, tables.COST)]
     return [page.table(*table) for table in both if len(table[0]) > 1] + [
@@ -164,7 +166,7 @@ def _comparison(groups: list[RunGroup]) -> list[str]:
     ]
 
 
-def _curves(groups: list[RunGroup], show: Show) -> list[str]:
+def _curves(groups: list[RunGroup], show: Show) -> list[Markup]:
     styles = figures.group_styles(groups)
     blocks = []
     for key, (axis_label, explanation) in CURVES.items():
@@ -187,7 +189,7 @@ def _has_curve(group: RunGroup, key: str) -> bool:
     return len(curve(group, key)[0]) > 0 and not (is_image and key == "validation_perplexity")
 
 
-def _ownership(groups: list[RunGroup], show: Show) -> list[str]:
+def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
     """How every run ended, then the history of the first seed of each deciding policy."""
     blocks = []
     for num_layers in sorted({group.runs[0].num_layers for group in groups}):
@@ -213,7 +215,7 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[str]:
     return blocks
 
 
-def _independence(groups: list[RunGroup], show: Show) -> list[str]:
+def _independence(groups: list[RunGroup], show: Show) -> list[Markup]:
     return [
         show(
             f"independence_{_slug(group, groups)}",
@@ -227,7 +229,7 @@ def _independence(groups: list[RunGroup], show: Show) -> list[str]:
     ]
 
 
-def _expectations(groups: list[RunGroup], show: Show) -> list[str]:
+def _expectations(groups: list[RunGroup], show: Show) -> list[Markup]:
     """Those of the first run of each agent that recorded them."""
     recorded = [
         (f"{group.label}, seed {run.setting('seed')}.", run)
@@ -254,7 +256,7 @@ def _expectations(groups: list[RunGroup], show: Show) -> list[str]:
     return blocks
 
 
-def _memory(groups: list[RunGroup], show: Show) -> list[str]:
+def _memory(groups: list[RunGroup], show: Show) -> list[Markup]:
     measured = [group for group in groups if len(curve(group, "model_state_bytes")[0])]
     if not measured:
         return []
@@ -265,7 +267,7 @@ def _memory(groups: list[RunGroup], show: Show) -> list[str]:
     return [show("memory", figures.draw_memory(measured), caption)]
 
 
-def _beside_the_paper(groups: list[RunGroup]) -> list[str]:
+def _beside_the_paper(groups: list[RunGroup]) -> list[Markup]:
     table = tables.beside_the_paper(groups)
     return [page.table(*table), page.note(PAPER_NOTE)] if table else []
 
@@ -280,7 +282,7 @@ def _common_configuration(groups: list[RunGroup]) -> dict[str, object]:
     }
 
 
-def _configuration(groups: list[RunGroup]) -> str:
+def _configuration(groups: list[RunGroup]) -> Markup:
     """Common settings, and what the runs say of the machine; folded away."""
     known = _common_configuration(groups)
     summaries = [run.summary for group in groups for run in group.runs if run.summary]
