@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from layer_tying.core.patterns import pattern
 from layer_tying.core.tying import Tying
-from layer_tying.models.build import build_model, language_config
+from layer_tying.models.build import build_model, transformers_config
+from layer_tying.models.config import ModelConfig
+from layer_tying.models.families import TextInput
 from layer_tying.runs.folder import environment
 from layer_tying.runs.memory import peak_bytes, return_freed_memory
 from layer_tying.tasks.cross_entropy import language_model_loss
@@ -38,13 +40,8 @@ PACKAGES = ("bitsandbytes", "apollo-torch", "peft")  # of others, that are compa
 
 def gpt2(num_layers: int, width: int, heads: int, length: int, tying: Tying) -> PreTrainedModel:
     """A GPT-2 in bf16 on the device, built already tied."""
-    config = language_config(
-        "gpt2",
-        num_layers=num_layers,
-        num_heads=heads,
-        hidden_size=width,
-        vocab_size=VOCABULARY,
-        max_length=length,
+    config = transformers_config(
+        ModelConfig("gpt2", num_layers, heads, width), TextInput(VOCABULARY, length)
     )
     config.use_cache = False
     return build_model(config, tying, device=DEVICE, dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.folder import RunLog
 from layer_tying.runs.memory import peak_bytes
 from layer_tying.runs.trainer import Training
-from layer_tying.tasks.metrics import evaluating
+from layer_tying.tasks.evaluation import evaluating
 
 BUDGET = 525.0  # seconds; gpu.sh stops at 540
 SHAPE = {"layers": 48, "width": 1600, "heads": 25}

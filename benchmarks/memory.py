@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.runs.memory import model_state
 from layer_tying.tasks.cross_entropy import language_model_loss
-from layer_tying.tasks.metrics import evaluating
+from layer_tying.tasks.evaluation import evaluating
 
 TRANSITIONS = 10
 SHAPE = {"layers": 48, "width": 1600, "heads": 25}

@@ -43,7 +43,7 @@ from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.dynamic import DynamicTying
 from layer_tying.tasks.cross_entropy import language_model_loss
-from layer_tying.tasks.metrics import evaluating
+from layer_tying.tasks.evaluation import evaluating
 
 Side = tuple[PreTrainedModel, Optimizer]
 LARGE = {"layers": 48, "width": 1600, "heads": 25, "independent": 7, "length": 256, "repeats": 3}

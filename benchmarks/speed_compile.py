@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
-from layer_tying.models.build import build_model, language_config
+from layer_tying.models.build import build_model, transformers_config
+from layer_tying.models.config import ModelConfig
+from layer_tying.models.families import TextInput
 from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
 from layer_tying.tasks.cross_entropy import language_model_loss
@@ -68,14 +70,8 @@ def measure_compile(case: Case) -> Case:
 
 def side(config: TrainConfig, tying: Tying) -> Side:
     torch.manual_seed(0)
-    model_config = language_config(
-        config.family,
-        num_layers=config.nlayers,
-        num_heads=config.nhead,
-        hidden_size=config.emsize,
-        vocab_size=BYTES,
-        max_length=config.bptt,
-    )
+    shape = ModelConfig(config.family, config.nlayers, config.nhead, config.emsize)
+    model_config = transformers_config(shape, TextInput(BYTES, config.bptt))
     model = build_model(model_config, tying, device=DEVICE)
     model.config.use_cache = False
     setup.choose_attention(model, config)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from layer_tying.data import sources
-from layer_tying.data.images import IMAGE_DATASETS, SUBSET, ImageBatches, load_images
+from layer_tying.data.cifar import SUBSET
+from layer_tying.data.images import IMAGE_SETS, ImageBatches, load_images
 from layer_tying.errors import InputError
 
 REAL = os.environ.get(sources.ENVIRONMENT)
@@ -219,7 +220,7 @@ def test_without_files_or_network_it_says_what_to_put_where(tmp_path, monkeypatc
     message = fails("cifar10", tmp_path)
     assert f"put cifar-10-batches-bin/ (the published binary version) or {SUBSET}" in message
     message = fails("mnist")
-    assert all(name in message for name in IMAGE_DATASETS)
+    assert all(name in message for name in IMAGE_SETS)
 
 
 def test_from_the_hub_when_it_is_reachable(monkeypatch):

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layer_tying.data import sources
-from layer_tying.data import texts as corpora
 from layer_tying.data.batches import Batches, evaluation_windows, mask_tokens
 from layer_tying.data.pydocs import python_documents, split_documents
-from layer_tying.data.texts import DATASETS, Texts, count_words, load_lambada, load_texts, tokenize
+from layer_tying.data.splits import Texts, cut_text
+from layer_tying.data.texts import CORPORA, load_last_words, load_texts
 from layer_tying.data.tokenizer import load_tokenizer
+from layer_tying.data.tokens import count_words, tokenize
 from layer_tying.errors import InputError
 
 REAL = os.environ.get(sources.ENVIRONMENT)
@@ -182,12 +183,12 @@ def lambada_json(count: int) -> str:
 
 def test_lambada_test_file_is_scored_and_cut(tmp_path):
     write(tmp_path / "lambada" / "lambada_test.jsonl", lambada_json(100))
-    pairs = load_lambada(tmp_path)
+    pairs = load_last_words("lambada", tmp_path, held_out=False)
     assert len(pairs) == 100
     assert pairs[7] == ("Passage 7, and\n\nthe last word is", "w7")
     texts = load_texts("lambada", tmp_path)
     assert "no training novels" in texts.source
-    held_out = load_lambada(tmp_path, held_out=True)
+    held_out = load_last_words("lambada", tmp_path)
     assert len(held_out) == 5
     for context, word in held_out:  # what is scored was not trained on
         assert f"{context} {word}\n" in texts.test
@@ -205,7 +206,11 @@ def test_lambada_as_published(tmp_path):
     assert texts.validation == "the dev passage\n"
     assert texts.words
     expected = [("the test", "passage"), ("and one", "more")]
-    assert load_lambada(tmp_path) == load_lambada(tmp_path, held_out=True) == expected
+    assert (
+        load_last_words("lambada", tmp_path, held_out=False)
+        == load_last_words("lambada", tmp_path)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +226,7 @@ def test_lambada_as_published(tmp_path):
 )
 def test_a_malformed_lambada_line_is_named(tmp_path, line, message):
     write(tmp_path / "lambada" / "lambada_test.jsonl", f"{lambada_json(2)}{line}\n")
-    error = fails(load_lambada, tmp_path)
+    error = fails(load_last_words, "lambada", tmp_path)
     assert "lambada_test.jsonl:3: " in error
     assert message in error
 
@@ -244,10 +249,10 @@ def test_the_hub_is_asked_where_there_are_no_files(tmp_path, monkeypatch):
     assert texts.test == " \n = test = \n words \n"  # as in the published file
     assert asked[0] == ("Salesforce/wikitext", "wikitext-2-v1", "train")
     assert "hub: Salesforce/wikitext" in texts.source
-    assert load_lambada(tmp_path) == [("one two", "three")]
+    assert load_last_words("lambada", tmp_path, held_out=False) == [("one two", "three")]
 
 
-@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "pydocs"])
+@pytest.mark.parametrize("dataset", [name for name in CORPORA if name != "pydocs"])
 def test_without_files_or_network_it_says_what_to_put_where(dataset, tmp_path, no_network):
     message = fails(load_texts, dataset, tmp_path)
     assert "huggingface.co cannot be reached" in message
@@ -260,7 +265,7 @@ def test_the_hub_without_its_package(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'dynamic-layer-tying[data]'" in fails(load_texts, "wiki2")
-    assert "pip install" in fails(load_lambada)
+    assert "pip install" in fails(load_last_words, "lambada")
 
 
 # --- paths, and files that cannot be used
@@ -275,7 +280,7 @@ def test_a_file_is_cut_in_order_at_line_ends(tmp_path):
 
 @given(st.text(alphabet="ab \n", min_size=1, max_size=400))
 def test_cutting_loses_nothing_and_swallows_no_part(text):
-    texts = corpora._one_text("x", text, "x", words=False)
+    texts = cut_text("x", text, "x")
     assert texts.train + texts.validation + texts.test == text
     if len(text) >= 40:
         assert texts.train
@@ -322,7 +327,7 @@ def test_an_unusable_file_gets_one_line(tmp_path, content, message):
 def test_unknown_names_list_the_known():
     message = fails(load_texts, "wikitext-9")
     assert "unknown data set 'wikitext-9'" in message
-    assert all(name in message for name in DATASETS)
+    assert all(name in message for name in CORPORA)
 
 
 def test_line_ends_and_byte_order_marks_do_not_matter(tmp_path):
@@ -527,8 +532,8 @@ def test_published_counts(tmp_path):
     assert sum(map(count_words, parts)) == 159_658
     shake = load_texts("shake", REAL)
     assert len(shake.train + shake.validation + shake.test) == 1_115_394
-    assert len(load_lambada(REAL)) == 5_153
+    assert len(load_last_words("lambada", REAL, held_out=False)) == 5_153
     trained_on = load_texts("lambada", REAL).train
-    held_out = load_lambada(REAL, held_out=True)
+    held_out = load_last_words("lambada", REAL)
     assert len(held_out) == 257
     assert not any(context in trained_on for context, _ in held_out)

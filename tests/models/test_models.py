@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
+from built_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tolerance import assert_close
 
 from layer_tying.core.find import find_layers
@@ -17,52 +18,19 @@ from layer_tying.core.residual_scale import damp_shared_layers
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
-from layer_tying.models.build import build_model, image_config, language_config, model_class
+from layer_tying.models.build import build_model, model_class
+from layer_tying.models.config import ModelConfig
+from layer_tying.models.families import FAMILIES, patch_size, residual_outputs
 
 pytestmark = pytest.mark.numerics
 
-transformers.logging.set_verbosity_error()
-NUM_LAYERS = 4
-SOME_TIED = Tying((0, 0, 2, 0))
-
-
-def config_of(kind: str, num_layers: int = NUM_LAYERS, width: int = 32):
-    if kind == "vit":
-        return image_config(
-            num_layers=num_layers,
-            num_heads=2,
-            hidden_size=width,
-            image_size=8,
-            num_channels=1,
-            class_names=["cat", "dog", "ox"],
-        )
-    return language_config(
-        kind.partition("-")[0],
-        num_layers=num_layers,
-        num_heads=2,
-        hidden_size=width,
-        vocab_size=60,
-        max_length=16,
-        eos_id=58,
-        pad_id=59,
-        causal=kind != "bert-masked",
-    )
-
-
-CLASSES = {
-    "gpt2": transformers.GPT2LMHeadModel,
-    "llama": transformers.LlamaForCausalLM,
-    "bert-masked": transformers.BertForMaskedLM,
-    "bert-causal": transformers.BertLMHeadModel,
-    "vit": transformers.ViTForImageClassification,
-}
 KINDS = pytest.mark.parametrize("kind", CLASSES)
 TYINGS = pytest.mark.parametrize(
     "tying", [Tying.all_tied(NUM_LAYERS), SOME_TIED, Tying.independent(NUM_LAYERS)], ids=str
 )
 
 
-def build(kind: str, tying: Tying = SOME_TIED, seed: int = 0, **options):
+def build(kind: str, tying: Tying = SOME_TIED, seed: int = 0, **options: Any):
     torch.manual_seed(seed)
     return build_model(config_of(kind), tying, **options).eval()
 
@@ -71,13 +39,6 @@ def plain(kind: str, seed: int = 0):
     """What transformers builds, with no help of the library."""
     torch.manual_seed(seed)
     return CLASSES[kind](config_of(kind)).eval()
-
-
-def inputs_for(kind: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    if kind == "vit":
-        return {"pixel_values": torch.randn(2, 1, 8, 8, generator=generator)}
-    return {"input_ids": torch.randint(58, (2, 16), generator=generator)}
 
 
 def parameters_of_layers(model) -> list[dict[str, torch.nn.Parameter]]:
@@ -230,22 +191,21 @@ def test_a_built_model_trains_and_copies(kind):
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_llama_computes_at_any_number_of_heads(heads):
-    config = language_config(
-        "llama", num_layers=2, num_heads=heads, hidden_size=12, vocab_size=20, max_length=8
-    )
+    config = config_of("llama", 2, 12, heads=heads, length=8)
     model = build_model(config, Tying.independent(2))
-    assert model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.shape == (1, 8, 20)
+    assert model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.shape == (1, 8, 60)
 
 
 MEASURE = """
 import json, torch
 from layer_tying.runs.memory import peak_bytes
-from layer_tying.models.build import build_model, language_config
+from layer_tying.models.build import build_model, transformers_config
+from layer_tying.models.config import ModelConfig
+from layer_tying.models.families import TextInput
 from layer_tying.core.tying import Tying
 cpu = torch.device("cpu")
 def config(num_layers, width):
-    return language_config("gpt2", num_layers=num_layers, num_heads=4, hidden_size=width,
-                           vocab_size=1000, max_length=64)
+    return transformers_config(ModelConfig("gpt2", num_layers, 4, width), TextInput(1000, 64))
 build_model(config(2, 16), Tying.all_tied(2))  # what any first model costs
 before = peak_bytes(cpu)
 for tying in (Tying.all_tied(24), Tying.independent(24)):
@@ -273,7 +233,11 @@ def test_a_tied_start_allocates_one_block_and_not_all():
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
 def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
     """With the same draws, only what writes to the residual stream differs, by the uses."""
-    once, damped = (parameters_of_layers(build(kind, damped=d)) for d in (False, True))
+    models = build(kind), build(kind)
+    layers = TiedLayers(models[1])
+    outputs = residual_outputs(models[1].config.model_type)
+    damp_shared_layers(layers, [f"{name}.*" for name in outputs])
+    once, damped = map(parameters_of_layers, models)
     uses = {0: 3, 2: 1}
     for layer, number in uses.items():
         quotients = {
@@ -296,13 +260,29 @@ def test_damping_names_what_a_layer_has_where_nothing_matches():
     assert all(torch.equal(p, before[n]) for n, p in layers.parameters(0).items())
 
 
-def test_damping_refuses_a_model_whose_residual_stream_it_does_not_know():
-    config = transformers.GPTNeoXConfig(
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        hidden_size=16,
-        vocab_size=9,
-        architectures=["GPTNeoXForCausalLM"],
-    )
+def test_the_residual_outputs_of_other_models_are_not_known():
     with pytest.raises(InputError, match="gpt_neox are not known: they are of gpt2, llama, bert"):
-        build_model(config, Tying.all_tied(2), damped=True)
+        residual_outputs("gpt_neox")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
+def test_a_familys_name_is_its_model_type(kind):
+    assert config_of(kind).model_type == kind.partition("-")[0]
+    assert config_of(kind).model_type in FAMILIES
+
+
+def test_a_head_of_llama_has_an_even_width():
+    with pytest.raises(InputError, match=r"emsize 12 over nhead 4 is 3: .* llama .* multiple of 2"):
+        ModelConfig("llama", 2, nhead=4, emsize=12)
+    assert ModelConfig("gpt2", 2, nhead=4, emsize=12)
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [(8, 1), (32, 4), (28, 4), (27, None), (25, 5), (96, 12)]
+)
+def test_images_are_cut_into_equal_patches(size, side):
+    if side is None:
+        with pytest.raises(InputError, match=r"27 x 27 pixels .* multiple of 4, 5, 6, 7 or 8"):
+            patch_size(size)
+    else:
+        assert patch_size(size) == side

@@ -21,8 +21,8 @@ from layer_tying.paper.rows import TYINGS
 from layer_tying.runs.config import SHAPE, TrainConfig
 from layer_tying.runs.folder import RunLog
 from layer_tying.runs.source import best_checkpoint, load_backbone
+from layer_tying.runs.tasks import task_of
 from layer_tying.runs.train import evaluate_run, train
-from layer_tying.tasks.base import build_workload
 
 FAMILIES = ("gpt2", "llama", "bert")
 TIED = Tying((0, 1, 0, 1))
@@ -81,7 +81,7 @@ def finetuning(folder: Path, family: str, tying: str, **changes) -> TrainConfig:
 
 def classifier_of(config: TrainConfig, tying: Tying):
     torch.manual_seed(1)
-    model = build_model(build_workload(config).model_config, tying).eval()
+    model = build_model(task_of(config).model_config, tying).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)  # fresh weights are so small that a text hardly tells in the logits
@@ -96,7 +96,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     best = best_checkpoint(config)
     assert best.tying == TIED
     run = RunLog(folder / "runs" / family).config()
-    pretrained = build_model(build_workload(run).model_config, best.tying).eval()
+    pretrained = build_model(task_of(run).model_config, best.tying).eval()
     best.load_weights(pretrained)
     target = best.tying if tying == "keep" else Tying.independent(4)
     classifier = classifier_of(config, target)
@@ -114,7 +114,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
 def test_what_a_row_is_padded_to_does_not_matter(folder, family):
     """GPT-2 and Llama have to find the last token that is not padding."""
     config = finetuning(folder, family, "none")
-    workload = build_workload(config)
+    workload = task_of(config)
     model = classifier_of(config, Tying.independent(4))
     tokenizer = read_tokenizer(folder / "runs" / family / "tokenizer")
     examples = [Example("a", None, 0), Example("a cat sat on a mat", "yes", 1)]
@@ -129,7 +129,7 @@ def test_what_a_row_is_padded_to_does_not_matter(folder, family):
 @pytest.mark.numerics
 def test_bert_is_told_which_text_a_token_is_of(folder):
     config = finetuning(folder, "bert", "none")
-    workload = build_workload(config)
+    workload = task_of(config)
     model = classifier_of(config, Tying.independent(4))
     tokenizer = read_tokenizer(folder / "runs/bert/tokenizer")
     batch = encode([Example("a cat", "a dog", 0)], tokenizer, 24)
@@ -142,7 +142,7 @@ def test_bert_is_told_which_text_a_token_is_of(folder):
 
 
 def test_validation_is_held_out_of_training_and_dev_is_what_test_scores(folder):
-    workload = build_workload(finetuning(folder, "gpt2", "keep"))
+    workload = task_of(finetuning(folder, "gpt2", "keep"))
     assert workload.batches_per_epoch == 180 / 4
     assert workload.facts["num_train"] == 180
     assert len(workload._splits["validation"]) == 20
@@ -205,7 +205,7 @@ def test_texts_longer_than_the_runs_sequences_are_cut(folder, tmp_path):
     file = tmp_path / "glue/SST-2/train.tsv"
     file.write_text(file.read_text() + "long " * 200 + "\t1\n")
     config = finetuning(folder, "gpt2", "keep", data_dir=str(tmp_path))
-    workload = build_workload(config)
+    workload = task_of(config)
     widths = {next(workload.batches)["input_ids"].shape[1] for _ in range(60)}
     assert max(widths) == 24
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from built_models import CLASSES, NUM_LAYERS, SOME_TIED, inputs_for, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_runs import small, write_text
-from test_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tiny_models import Plain, gpt2, loss_of, t5
 from tolerance import assert_close, close_to
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from layer_tying import InputError, TiedLayers, Tying, export_compact, export_expanded, load
 from layer_tying.cli import main
 from layer_tying.data.tokenizer import read_tokenizer
-from layer_tying.models.build import build_model
 from layer_tying.runs.train import train
 from layer_tying.saving.export import COMPACT
 
@@ -39,18 +38,6 @@ def kinds_and_embeddings():
 
 
 FAMILIES = pytest.mark.parametrize(("kind", "embeddings_tied"), list(kinds_and_embeddings()))
-
-
-def trained(kind: str, embeddings_tied: bool, tying: Tying = SOME_TIED) -> torch.nn.Module:
-    """A tied model whose weights are all different from each other, biases and norms too."""
-    torch.manual_seed(0)
-    config = config_of(kind)
-    config.tie_word_embeddings = embeddings_tied
-    model = build_model(config, tying).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
 
 
 def plain_copy(kind: str, model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

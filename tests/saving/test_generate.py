@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_export import trained
+from built_models import config_of, trained
 from tiny_models import llama
 
 from layer_tying import InputError, TiedLayers, Tying, load
 from layer_tying.cli import main
 from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
-from layer_tying.models.build import build_model, image_config, language_config
+from layer_tying.models.build import build_model
 from layer_tying.saving.checkpoint import save_checkpoint
 from layer_tying.saving.export import export_run
 from layer_tying.saving.generate import generate
@@ -23,14 +23,10 @@ def runs(tmp_path_factory):
     """For each kind of model what a run leaves: its best checkpoint and its tokenizer."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("bytes", "")
-    shape = {"num_layers": 4, "num_heads": 2, "hidden_size": 16}
-    text = shape | {"vocab_size": 260, "max_length": CONTEXT, "eos_id": 256, "pad_id": 257}
+    kinds = {"gpt2": "gpt2", "llama": "llama", "bert": "bert-causal", "masked": "bert-masked"}
     configs = {
-        "gpt2": language_config("gpt2", **text),
-        "llama": language_config("llama", **text),
-        "bert": language_config("bert", **text),
-        "masked": language_config("bert", **text, causal=False),
-        "vit": image_config(**shape, image_size=8, num_channels=1, class_names=["a", "b"]),
+        name: config_of(kind, 4, 16, vocab_size=260, length=CONTEXT, eos_id=256, pad_id=257)
+        for name, kind in (kinds | {"vit": "vit"}).items()
     }
     made = {}
     for name, config in configs.items():

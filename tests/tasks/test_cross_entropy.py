@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
+from built_models import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from layer_tying.models.build import language_config
 from layer_tying.tasks import cross_entropy
 from layer_tying.tasks.cross_entropy import chunked_cross_entropy, language_model_loss
 
@@ -97,21 +97,11 @@ def test_autocast_holds_for_the_products_and_not_for_the_softmax():
     torch.testing.assert_close(head.weight.grad, wanted, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("family", "causal"), [("gpt2", 1), ("llama", 1), ("bert", 1), ("bert", 0)]
-)
-def test_it_is_the_loss_of_a_models_logits(family, causal):
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "bert-masked"])
+def test_it_is_the_loss_of_a_models_logits(kind):
     torch.manual_seed(0)
-    config = language_config(
-        family,
-        num_layers=2,
-        num_heads=2,
-        hidden_size=16,
-        vocab_size=60,
-        max_length=12,
-        pad_id=7,
-        causal=bool(causal),
-    )
+    config = config_of(kind, 2, 16, length=12, eos_id=None, pad_id=7)
+    assert config.architectures
     model = getattr(transformers, config.architectures[0])(config).double()
     inputs, labels = torch.randint(60, (2, 2, 12))
     labels[:, ::3] = -100

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from torch import nn
 
+from layer_tying.data.glue import FORMATS
+from layer_tying.tasks import evaluation
 from layer_tying.tasks import metrics as ours
+from layer_tying.tasks.language import last_word_outcome
 
 pytestmark = pytest.mark.numerics
 
@@ -35,14 +38,14 @@ def test_cross_entropy(shape, scale):
     logits = (scale * rng.normal(size=(*shape, 11))).astype(np.float32)
     labels = rng.integers(11, size=shape)
     labels.ravel()[::3] = -100
-    found = ours.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
+    found = evaluation.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
     assert float(found) == pytest.approx(cross_entropy_in_numpy(logits, labels), rel=1e-5)
 
 
 def test_cross_entropy_of_half_precision_logits_is_computed_in_single():
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.arange(64)
-    found = ours.cross_entropy(logits, labels)
+    found = evaluation.cross_entropy(logits, labels)
     assert found.dtype == torch.float32
     expected = cross_entropy_in_numpy(logits.float().numpy(), labels.numpy())
     assert float(found) == pytest.approx(expected, rel=1e-5)
@@ -50,7 +53,7 @@ def test_cross_entropy_of_half_precision_logits_is_computed_in_single():
 
 def test_mean_loss_weighs_batches_by_what_is_predicted_in_them():
     batches = [(torch.tensor(1.0), 3), (torch.tensor(2.0), 1), (torch.tensor(math.nan), 0)]
-    assert ours.mean_loss(batches) == 1.25
+    assert evaluation.mean_loss(batches) == 1.25
 
 
 def test_perplexity():
@@ -114,6 +117,11 @@ def encode(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
+def accuracy_of_last_words(passages, model: Speller, max_length: int) -> float:
+    outcome = last_word_outcome(passages, encode, model, max_length)
+    return ours.scores(["last_word_accuracy"], outcome)["last_word_accuracy"]
+
+
 def test_last_word_accuracy_asks_for_every_letter_of_the_last_word():
     model = Speller("she fed the brown cat")
     right = ("she fed the brown", "cat")
@@ -126,13 +134,13 @@ def test_last_word_accuracy_asks_for_every_letter_of_the_last_word():
         ([last_letter_wrong], 0),
         ([right, last_letter_wrong, nothing_known, right], 0.5),
     ]:
-        assert ours.last_word_accuracy(passages, encode, model, 100) == expected
+        assert accuracy_of_last_words(passages, model, 100) == expected
 
 
 def test_last_word_accuracy_cuts_long_contexts_from_the_left():
     model = Speller("she fed the brown cat")
     passages = [("x" * 50 + " the brown", "cat")]
-    assert ours.last_word_accuracy(passages, encode, model, 12) == 1
+    assert accuracy_of_last_words(passages, model, 12) == 1
     assert model.lengths == [12]
 
 
@@ -140,7 +148,7 @@ def test_evaluating_switches_off_dropout_and_gradients_and_back():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     for mode in (True, False):
         model.train(mode)
-        with ours.evaluating(model):
+        with evaluation.evaluating(model):
             assert not model.training
             assert not model[1].training
             assert not torch.is_grad_enabled()
@@ -151,7 +159,20 @@ def test_evaluating_switches_off_dropout_and_gradients_and_back():
 
 def test_evaluating_puts_things_back_after_an_exception():
     model = nn.Dropout().train()
-    with pytest.raises(ZeroDivisionError), ours.evaluating(model):
+    with pytest.raises(ZeroDivisionError), evaluation.evaluating(model):
         _ = 1 / 0
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def test_every_metric_of_a_task_has_a_record():
+    outcome = ours.Outcome(math.log(2), np.array([0, 1]), np.array([0, 0]), 3, 6, 2)
+    found = ours.scores(ours.METRICS, outcome)
+    assert found["loss"] == math.log(2)
+    assert found["perplexity"] == pytest.approx(2)
+    assert found["bits_per_byte"] == pytest.approx(0.5)
+    assert found["word_perplexity"] == pytest.approx(2**1.5)
+    assert found["accuracy"] == found["last_word_accuracy"] == 0.5
+    assert found["f1"] == found["matthews_correlation"] == 0
+    for form in FORMATS.values():
+        assert set(form.metrics) <= set(ours.METRICS)

@@ -15,14 +15,14 @@ from scipy.special import logsumexp
 from small_runs import WORDS, lines_of, small, write_text
 
 from layer_tying.core.tying import Tying
-from layer_tying.data import sources
-from layer_tying.data.texts import load_lambada
+from layer_tying.data import sources, tokens
+from layer_tying.data.texts import load_last_words
 from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.models.build import build_model
 from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.tasks import task_of
 from layer_tying.runs.train import evaluate_run, train
-from layer_tying.tasks.base import build_workload
 
 pytestmark = pytest.mark.numerics
 
@@ -51,9 +51,9 @@ def config_of(folder, **changes) -> TrainConfig:
     return small(folder, **{"data_dir": str(folder), "policy": "none"} | changes)
 
 
-def model_of(workload):
+def model_of(task):
     torch.manual_seed(0)
-    model = build_model(workload.model_config, Tying.independent(3)).eval()
+    model = build_model(task.model_config, Tying.independent(3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -66,13 +66,13 @@ def model_of(workload):
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_loss_and_accuracy_of_a_batch_are_those_of_its_logits(data, family, objective):
-    workload = build_workload(config_of(data, dataset="wiki2", family=family, objective=objective))
-    model = model_of(workload)
-    inputs, labels = next(workload.batches)
+    task = task_of(config_of(data, dataset="wiki2", family=family, objective=objective))
+    model = model_of(task)
+    inputs, labels = next(task.batches)
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(inputs)).logits.numpy()
-        loss = float(workload.loss(model, (inputs, labels)))
-        accuracy = workload.accuracy(model, (inputs, labels))
+        loss = float(task.loss(model, (inputs, labels)))
+        accuracy = task.accuracy(model, (inputs, labels))
     nats, hits = [], []
     for values, label in zip(logits.reshape(-1, logits.shape[-1]), labels.flatten(), strict=True):
         if label >= 0:
@@ -84,8 +84,8 @@ def test_loss_and_accuracy_of_a_batch_are_those_of_its_logits(data, family, obje
 
 
 def test_perplexity_is_given_per_token_per_word_and_as_bits_per_byte(data):
-    workload = build_workload(config_of(data, dataset="wiki2"))
-    scores = workload.scores(model_of(workload), "test")
+    task = task_of(config_of(data, dataset="wiki2"))
+    scores = task.scores(model_of(task), "test")
     text = (data / "wikitext2/test.txt").read_text()
     words = len(text.split()) + text.count("\n")
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
@@ -96,10 +96,10 @@ def test_perplexity_is_given_per_token_per_word_and_as_bits_per_byte(data):
 
 
 def test_a_masked_model_has_no_bits_per_byte(data):
-    workload = build_workload(config_of(data, dataset="wiki2", family="bert"))
-    scores = workload.scores(model_of(workload), "validation", max_batches=1)
+    task = task_of(config_of(data, dataset="wiki2", family="bert"))
+    scores = task.scores(model_of(task), "validation", max_batches=1)
     assert scores.keys() == {"loss", "perplexity"}
-    assert workload.scores(model_of(workload), "validation", max_batches=1) == scores
+    assert task.scores(model_of(task), "validation", max_batches=1) == scores
 
 
 def test_lambada_is_scored_by_its_last_words_too(data):
@@ -112,21 +112,21 @@ def test_lambada_is_scored_by_its_last_words_too(data):
     assert evaluate_run(config.folder, "test")["last_word_accuracy"] == pytest.approx(
         summary["last_word_accuracy"]
     )
-    workload = build_workload(config)
-    assert workload._last_words == load_lambada(data, held_out=True)
-    assert 0 < len(workload._last_words) <= 10
+    task = task_of(config)
+    assert task._last_words == load_last_words("lambada", data)
+    assert 0 < len(task._last_words) <= 10
 
 
 def test_last_words_are_not_asked_of_a_masked_model(data):
-    workload = build_workload(config_of(data, dataset="lambada", family="bert"))
-    assert "last_word_accuracy" not in workload.scores(model_of(workload), "test")
+    task = task_of(config_of(data, dataset="lambada", family="bert"))
+    assert "last_word_accuracy" not in task.scores(model_of(task), "test")
 
 
 def test_a_run_keeps_its_tokenizer(data):
     config = config_of(data, dataset="wiki2", tokenizer="bpe:280", max_steps=2)
     train(config)
     saved = read_tokenizer(config.folder / "tokenizer")
-    tokenizer = build_workload(config).tokenizer
+    tokenizer = task_of(config).tokenizer
     text = "the cat sat on Ωmega"
     assert saved.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert saved.special_ids == tokenizer.special_ids
@@ -176,7 +176,7 @@ def test_the_usual_reward_of_images_is_minus_the_exponential_of_the_cross_entrop
 )
 def test_a_few_steps_on_real_data(tmp_path, monkeypatch, changes, measured):
     config = small(tmp_path, max_steps=5, bptt=64, eval_batch_size=64, **changes)
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(tokens, "cache_folder", lambda: tmp_path / "cache")
     assert measured <= train(config).keys()
 
 
@@ -184,15 +184,15 @@ def test_a_few_steps_on_real_data(tmp_path, monkeypatch, changes, measured):
 def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(tmp_path, family):
     data = {"dataset": "digits"} if family == "vit" else {"dataset": str(write_text(tmp_path))}
     config = small(tmp_path, policy="none", family=family, precision="bf16", **data)
-    workload = build_workload(config)
+    task = task_of(config)
     torch.manual_seed(0)
-    model = build_model(workload.model_config, Tying.independent(3)).eval()
-    batch = next(workload.batches)
+    model = build_model(task.model_config, Tying.independent(3)).eval()
+    batch = next(task.batches)
     usual = model.config._attn_implementation
     losses = []
     for _ in range(2):
         with torch.no_grad(), setup.autocast(config, model.device):
-            losses.append(float(workload.loss(model, batch)))
+            losses.append(float(task.loss(model, batch)))
         setup.choose_attention(model, config)
     assert usual != "eager"
     assert model.config._attn_implementation == "eager"
@@ -203,7 +203,7 @@ def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(tmp
 def test_other_sequences_attend_by_the_fused_kernel(tmp_path, changes):
     write_text(tmp_path, num_lines=400)
     config = small(tmp_path, policy="none", **changes)
-    model = build_model(build_workload(config).model_config, Tying.independent(3))
+    model = build_model(task_of(config).model_config, Tying.independent(3))
     usual = model.config._attn_implementation
     setup.choose_attention(model, config)
     assert model.config._attn_implementation == usual != "eager"

@@ -24,7 +24,7 @@ REWARD_SEED = 1_000_003  # added to a run's seed for the agent's batches, to kee
 
 
 class Stream(Protocol):
-    """An endless, resumable stream of batches: whatever arrays its workload understands."""
+    """An endless, resumable stream of batches: whatever arrays its task understands."""
 
     def __next__(self) -> Any:
         """The next batch."""
@@ -183,6 +183,28 @@ def mask_tokens(
     swapped = chosen & (kinds >= 0.8) & (kinds < 0.9)
     masked[swapped] = random_tokens[swapped]
     return masked, labels
+
+
+class MaskedBatches:
+    """Batches for masked-token prediction: BERT's masks, drawn anew each time."""
+
+    def __init__(self, batches: Batches, tokenizer: Tokenizer, seed: int) -> None:
+        self._batches = batches
+        self._tokenizer = tokenizer
+        self._rng = np.random.default_rng(seed)
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        inputs, _ = next(self._batches)
+        return mask_tokens(inputs, self._rng, self._tokenizer)
+
+    def state(self) -> dict[str, Any]:
+        """The place in the data, and the state of the random numbers."""
+        return {"batches": self._batches.state(), "rng": self._rng.bit_generator.state}
+
+    def restore(self, state: Any) -> None:
+        """Go on from what ``state`` returned."""
+        self._batches.restore(state["batches"])
+        self._rng.bit_generator.state = state["rng"]
 
 
 def _check_length(length: int) -> None:

@@ -31,7 +31,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class GlueExamples:
     """A task's examples, and the names of its labels in the order of their indices."""
 
     name: str
@@ -44,7 +44,8 @@ class Task:
 class Format:
     """How a task's files look: their folder's name, their columns, and where things stand in them.
 
-    `hub_texts` names the columns of the texts in the hub's version.
+    `hub_texts` names the columns of the texts in the hub's version, and `metrics` what the task is
+    reported by (see `tasks/metrics.py`).
     """
 
     folder: str
@@ -54,6 +55,7 @@ class Format:
     labels: tuple[str, ...]
     hub_texts: tuple[str, ...]
     header: bool = True
+    metrics: tuple[str, ...] = ("accuracy",)
 
 
 BINARY = ("0", "1")
@@ -69,6 +71,7 @@ FORMATS = {
         BINARY,
         ("sentence",),
         header=False,
+        metrics=("accuracy", "matthews_correlation"),
     ),
     "qnli": Format(
         "QNLI",
@@ -79,7 +82,13 @@ FORMATS = {
         ("question", "sentence"),
     ),
     "mrpc": Format(
-        "MRPC", ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"), (3, 4), 0, BINARY, PAIR
+        "MRPC",
+        ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+        (3, 4),
+        0,
+        BINARY,
+        PAIR,
+        metrics=("accuracy", "f1"),
     ),
     "rte": Format("RTE", ("index", "sentence1", "sentence2", "label"), (1, 2), 3, ENTAILMENT, PAIR),
 }
@@ -87,7 +96,7 @@ TASKS = tuple(FORMATS)
 PARENTS = ("glue", "glue_data", "GLUE", ".")
 
 
-def load_task(task: str, data_dir: str | Path | None = None) -> Task:
+def load_task(task: str, data_dir: str | Path | None = None) -> GlueExamples:
     """The training and development examples of a task in `TASKS`.
 
     `data_dir` None means the folder that $LAYER_TYING_DATA names. Raises InputError for an unknown
@@ -106,7 +115,7 @@ def load_task(task: str, data_dir: str | Path | None = None) -> Task:
     else:
         instead = place(folder, f"glue/{form.folder}/ with train.tsv and dev.tsv")
         train, dev = from_hub(f"task {task!r}", instead, lambda: _fetch(task, form))
-    return Task(task, train, dev, form.labels)
+    return GlueExamples(task, train, dev, form.labels)
 
 
 def encode(

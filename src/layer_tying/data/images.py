@@ -1,35 +1,30 @@
-"""Labelled images: scikit-learn's digits, which need no file, and CIFAR-10.
+"""Labelled images: one record a data set, and where else images come from.
 
 Facts:
-- `digits`: 1,797 grey images of 8x8 pixels in ten classes; 0..16 there, scaled to 0..255 here.
-- `cifar10` (Krizhevsky 2009): 32x32 RGB in ten classes, 50,000 to train and 10,000 to test. Read
-  from the published binary version, a lossless .npz subset, or the hub. The published Python
-  version is pickled, and nothing is unpickled here.
-- `cifar10-jpeg`: all 60,000, compressed with loss; results are not comparable with published ones.
+- `digits` (scikit-learn's, which need no file): 1,797 grey images of 8x8 pixels in ten classes;
+  0..16 there, scaled to 0..255 here.
+- `cifar10` and `cifar10-jpeg`: see `cifar.py`.
+- Any other name is a data set of the hub (`hub:OWNER/NAME`), or the path of a folder or .npz file
+  (see `own_images.py`).
 - Validation is a seeded tenth of the training part; the test part is only ever tested on.
+
+To add a set of images, add its record to `IMAGE_SETS`.
 """
 
-import io
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from layer_tying.data import cifar
 from layer_tying.data.batches import ShuffledBatches
-from layer_tying.data.sources import data_folder, first_existing, from_hub, place, read_arrays
+from layer_tying.data.hub import hub_images, is_on_hub
+from layer_tying.data.own_images import Labelled, Parts, own_images
+from layer_tying.data.sources import data_folder
 from layer_tying.errors import InputError
-
-IMAGE_DATASETS = ("digits", "cifar10", "cifar10-jpeg")
-CIFAR_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
-CIFAR_SHAPE = (32, 32, 3)
-BINARY_FOLDERS = ("cifar-10-batches-bin", "cifar10/cifar-10-batches-bin")
-PICKLED_FOLDERS = ("cifar-10-batches-py", "cifar10/cifar-10-batches-py")
-SUBSET = "cifar10/cifar10_subset.npz"
-JPEG = "cifar10/cifar10_jpeg_all.npz"
-Labelled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,19 @@ class Images:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images by name.
+
+    Attributes:
+        load: its training and test part, from the data folder if there is one.
+        classes: what its labels mean.
+    """
+
+    load: Callable[[Path | None], tuple[Labelled, Labelled]]
+    classes: tuple[str, ...]
+
+
 class ImageBatches(ShuffledBatches[Labelled]):
     """Training batches: (images uint8 [batch_size, H, W, C], labels int64 [batch_size])."""
 
@@ -59,30 +67,77 @@ class ImageBatches(ShuffledBatches[Labelled]):
 
 
 def load_images(dataset: str, data_dir: str | Path | None = None) -> Images:
-    """The images of a data set in `IMAGE_DATASETS`.
+    """The images of a data set.
 
-    `data_dir` None means the folder that $LAYER_TYING_DATA names. Raises InputError for an unknown
-    name (listing the known), a file that is damaged or holds something else, and where the hub
-    cannot be reached (saying which files to put where).
+    Args:
+        dataset: a name in `IMAGE_SETS`, `hub:OWNER/NAME`, or the path of a folder or .npz file.
+        data_dir: the folder of local data sets; by default what $LAYER_TYING_DATA names.
+
+    Raises:
+        InputError: for an unknown name (listing the known), files that are damaged or hold
+            something else, images that differ in size or are not square, a class with too few
+            images, and where the hub cannot be reached (saying which files to put where).
     """
-    if dataset == "digits":
-        return _digits()
-    if dataset not in IMAGE_DATASETS:
-        known = ", ".join(IMAGE_DATASETS)
-        raise InputError(f"unknown image data set {dataset!r}: expected one of {known}")
-    folder = data_folder(data_dir)
-    train, test = _cifar_jpeg(folder) if dataset == "cifar10-jpeg" else _cifar(folder)
-    return _images(dataset, train, test, CIFAR_CLASSES)
+    if dataset in IMAGE_SETS:
+        record = IMAGE_SETS[dataset]
+        return _images(dataset, *record.load(data_folder(data_dir)), record.classes)
+    if is_on_hub(dataset):
+        return _own_images(dataset, hub_images(dataset))
+    path = Path(dataset).expanduser()
+    if dataset and path.exists():
+        return _own_images(path.name, own_images(path))
+    raise InputError(
+        f"unknown image data set {dataset!r}: not one of {', '.join(IMAGE_SETS)}, not "
+        "hub:OWNER/NAME, nor a folder or .npz file that exists"
+    )
 
 
 def _images(name: str, train: Labelled, test: Labelled, classes: tuple[str, ...]) -> Images:
-    (x, y), (x_test, y_test) = train, test
-    order = np.random.default_rng(0).permutation(len(x))
-    held, kept = np.split(order, [len(x) // 10])
-    return Images(name, x[kept], y[kept], x[held], y[held], x_test, y_test, classes)
+    """A seeded tenth of the training part validates."""
+    x, y = train
+    held, kept = np.split(np.random.default_rng(0).permutation(len(x)), [len(x) // 10])
+    return Images(name, x[kept], y[kept], x[held], y[held], *test, classes)
 
 
-def _digits() -> Images:
+def _own_images(name: str, parts: Parts) -> Images:
+    """As `_images`, but a tenth of each class is held out, one image at least."""
+    (x, y), test, classes = parts
+    _check_classes(name, y, classes, least=2 if test else 3)
+    if test is None:
+        held, kept = _tenth_of_each_class(y, seed=1)
+        test, (x, y) = (x[held], y[held]), (x[kept], y[kept])
+    if test[0].shape[1:] != x.shape[1:]:
+        raise InputError(
+            f"{name}: images to train on have the shape {x.shape[1:]} (height, width, channels), "
+            f"those to test on {test[0].shape[1:]}; make them alike"
+        )
+    held, kept = _tenth_of_each_class(y, seed=0)
+    return Images(name, x[kept], y[kept], x[held], y[held], *test, classes)
+
+
+def _check_classes(name: str, y: np.ndarray, classes: tuple[str, ...], least: int) -> None:
+    counts = np.bincount(y, minlength=len(classes))
+    if len(classes) < 2:
+        raise InputError(f"{name}: one class only, expected at least two")
+    for label, count in zip(classes, counts.tolist(), strict=True):
+        if count < least:
+            splits = "train, validate and test" if least == 3 else "train and validate"
+            raise InputError(
+                f"{name}: class {label!r} has {count} image(s) to train on, expected at least "
+                f"{least}: one each to {splits}"
+            )
+
+
+def _tenth_of_each_class(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled indices: a tenth of each class, one at least, and the others."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    held = [order[y[order] == label] for label in np.unique(y)]
+    held = [mine[: max(1, len(mine) // 10)] for mine in held]
+    is_held = np.isin(order, np.concatenate(held))
+    return order[is_held], order[~is_held]
+
+
+def _digits(_: Path | None) -> tuple[Labelled, Labelled]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -94,99 +149,11 @@ def _digits() -> Images:
     y = y.astype(np.int64)
     order = np.random.default_rng(1).permutation(len(x))
     test, train = np.split(order, [len(x) // 10])
-    return _images("digits", (x[train], y[train]), (x[test], y[test]), tuple("0123456789"))
+    return (x[train], y[train]), (x[test], y[test])
 
 
-def _cifar(folder: Path | None) -> tuple[Labelled, Labelled]:
-    """The published binary version if it is there, else the subset, else the hub."""
-    binary = first_existing(folder, *BINARY_FOLDERS)
-    if binary:
-        batches = [_read_binary(binary / f"data_batch_{i}.bin") for i in range(1, 6)]
-        x, y = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        return (x, y), _read_binary(binary / "test_batch.bin")
-    subset = first_existing(folder, SUBSET)
-    if subset:
-        arrays = read_arrays(subset, "x_train", "y_train", "x_test", "y_test")
-        return (
-            _checked(f"{subset} (train)", arrays["x_train"], arrays["y_train"]),
-            _checked(f"{subset} (test)", arrays["x_test"], arrays["y_test"]),
-        )
-    instead = place(folder, f"{BINARY_FOLDERS[0]}/ (the published binary version)", SUBSET)
-    pickled = first_existing(folder, *PICKLED_FOLDERS)
-    if pickled:
-        raise InputError(f"{pickled}: pickled files are not read, they can run code; {instead}")
-    return from_hub("data set 'cifar10'", instead, _fetch_cifar)
-
-
-def _cifar_jpeg(folder: Path | None) -> tuple[Labelled, Labelled]:
-    file = first_existing(folder, JPEG)
-    if file is None:
-        raise InputError(f"data set 'cifar10-jpeg': no local file; {place(folder, JPEG)}")
-    arrays = read_arrays(file, "jpeg", "offsets", "labels", "is_test")
-    packed, offsets = arrays["jpeg"], arrays["offsets"]
-    labels, is_test = arrays["labels"], arrays["is_test"].astype(bool)
-    lengths = {len(offsets) - 1, len(labels), len(is_test)}
-    whole = np.issubdtype(offsets.dtype, np.integer) and len(lengths) == 1
-    if not whole or (np.diff(offsets) < 0).any() or offsets[-1] > len(packed):
-        raise InputError(f"{file}: offsets, labels and is_test do not fit each other")
-    x = np.empty((len(labels), *CIFAR_SHAPE), np.uint8)
-    data = packed.tobytes()
-    for i in range(len(labels)):
-        x[i] = _decode(f"{file}, image {i}", data[offsets[i] : offsets[i + 1]])
-    x, y = _checked(str(file), x, labels)
-    return (x[~is_test], y[~is_test]), (x[is_test], y[is_test])
-
-
-def _decode(where: str, data: bytes) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError(
-            "cifar10-jpeg: pillow is not installed (pip install 'dynamic-layer-tying[data]')"
-        ) from error
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{where}: cannot be decoded ({error})") from error
-    if pixels.shape != CIFAR_SHAPE:
-        raise InputError(f"{where}: shape {pixels.shape}, expected {CIFAR_SHAPE}")
-    return pixels
-
-
-def _read_binary(file: Path) -> Labelled:
-    """Records of one label byte and 3,072 pixel bytes: all red, then all green, then all blue."""
-    try:
-        data = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    size = 1 + int(np.prod(CIFAR_SHAPE))
-    if not len(data) or len(data) % size:
-        raise InputError(f"{file}: truncated, {len(data)} bytes are no multiple of {size}")
-    records = data.reshape(-1, size)
-    pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return _checked(str(file), np.ascontiguousarray(pixels), records[:, 0])
-
-
-def _checked(where: str, x: np.ndarray, y: np.ndarray) -> Labelled:
-    """CIFAR-10 images and labels, or an InputError that says what is wrong with them."""
-    if x.dtype != np.uint8 or x.shape[1:] != CIFAR_SHAPE or not len(x):
-        raise InputError(
-            f"{where}: images of shape {x.shape}, {x.dtype}; expected (N, 32, 32, 3), uint8"
-        )
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"{where}: labels of shape {y.shape}, {y.dtype}, for {len(x)} images")
-    wrong = np.flatnonzero((y < 0) | (y >= len(CIFAR_CLASSES)))
-    if len(wrong):
-        raise InputError(f"{where}: image {wrong[0]} has label {y[wrong[0]]}, expected 0 to 9")
-    return x, y.astype(np.int64)
-
-
-def _fetch_cifar() -> tuple[Labelled, Labelled]:
-    import datasets
-
-    def split(name: str) -> Labelled:
-        rows = datasets.load_dataset("uoft-cs/cifar10", split=name)
-        x = np.stack([np.asarray(image.convert("RGB")) for image in rows["img"]])
-        return _checked(f"hub: uoft-cs/cifar10 ({name})", x, np.array(rows["label"]))
-
-    return split("train"), split("test")
+IMAGE_SETS: dict[str, ImageSet] = {
+    "digits": ImageSet(_digits, tuple("0123456789")),
+    "cifar10": ImageSet(cifar.load_cifar, cifar.CLASSES),
+    "cifar10-jpeg": ImageSet(cifar.load_cifar_jpeg, cifar.CLASSES),
+}

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from layer_tying.data.sources import first_existing, place, read_text
+from layer_tying.data.splits import Texts, cut_list, texts_of
 from layer_tying.errors import InputError
 
 FOLDERS = ("lambada", "lambada-dataset")
@@ -50,6 +51,28 @@ def test_passages(folder: Path | None) -> list[str] | None:
             raise InputError(f"{file}:{number}: expected a context and a last word: {passage!r}")
         passages.append(passage)
     return passages
+
+
+def lambada_texts(folder: Path) -> Texts | None:
+    """As published if the novels are there; else the test passages, cut 90/5/5."""
+    files = novels(folder)
+    if files:
+        source = f"{len(files)} training novel(s), development and test passages as published"
+        return texts_of("lambada", published_splits(folder), source, words=True)
+    passages = test_passages(folder)
+    if passages is None:
+        return None
+    parts = ("".join(f"{passage}\n" for passage in part) for part in cut_list(passages))
+    source = "the test passages, no training novels, cut 90/5/5 in order"
+    return texts_of("lambada", parts, source)
+
+
+def hub_passages() -> list[str]:
+    """OpenAI's version of the test passages, from the hub."""
+    import datasets
+
+    rows = datasets.load_dataset("EleutherAI/lambada_openai", split="test")["text"]
+    return [text.strip() for text in rows]
 
 
 def where_to_put(folder: Path | None) -> str:

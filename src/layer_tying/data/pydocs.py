@@ -15,11 +15,18 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from layer_tying.data.splits import Texts, texts_of
 from layer_tying.errors import InputError
 
 # Tests, what users installed, and three packages that parse slowly and document next to nothing.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED |= {"encodings", "lib2to3", "pydoc_data"}
+
+
+def pydocs_texts() -> Texts:
+    """The three splits."""
+    source = "language reference and standard library docstrings of this Python"
+    return texts_of("pydocs", split_documents(python_documents()), source)
 
 
 def python_documents() -> dict[str, str]:

@@ -116,7 +116,7 @@ def from_hub(what: str, instead: str, fetch: Callable[[], T]) -> T:
         reason = f"{error.name} is not installed (pip install 'dynamic-layer-tying[data]')"
     except Exception as error:  # the hub's clients raise many unrelated kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-    raise InputError(f"{what}: no local files, and the hub failed ({reason}); {instead}")
+    raise InputError(f"{what}: the hub failed ({reason}); {instead}")
 
 
 def _check_network() -> None:

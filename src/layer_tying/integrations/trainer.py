@@ -33,7 +33,7 @@ from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
 from layer_tying.policies.base import Policy
 from layer_tying.saving import checkpoint
-from layer_tying.tasks.metrics import evaluating
+from layer_tying.tasks.evaluation import evaluating
 
 FOLDER = "layer_tying"  # inside a checkpoint's
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from layer_tying.errors import InputError
+from layer_tying.models.families import FAMILIES
 from layer_tying.settings import check_at_least, check_shares, check_types
-
-FAMILIES = ("gpt2", "llama", "bert", "vit")
 
 if TYPE_CHECKING:
     FamilyName = str
 else:  # so that the command lists the names
-    FamilyName = Literal[FAMILIES]
+    FamilyName = Literal[tuple(FAMILIES)]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class ModelConfig:
         check_shares(self, ("dropout",))
         if self.emsize % self.nhead:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
-        if self.family == "llama" and self.emsize // self.nhead % 2:
+        multiple = FAMILIES[self.family].head_width_multiple
+        if self.emsize // self.nhead % multiple:
             raise InputError(
-                f"emsize {self.emsize} over nhead {self.nhead} is odd: "
-                f"the heads of family llama have an even width, for rotary positions"
+                f"emsize {self.emsize} over nhead {self.nhead} is {self.emsize // self.nhead}: the "
+                f"width of a head of family {self.family} is a multiple of {multiple}"
             )

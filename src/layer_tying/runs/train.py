@@ -26,9 +26,10 @@ from layer_tying.runs.folder import RunLog
 from layer_tying.runs.interrupt import stop_requests
 from layer_tying.runs.resume import restore, save, start_log
 from layer_tying.runs.summary import summarise
+from layer_tying.runs.tasks import task_of
 from layer_tying.runs.trainer import Training
 from layer_tying.saving import checkpoint
-from layer_tying.tasks.base import build_workload, is_same_data
+from layer_tying.tasks.base import is_same_data
 
 
 class Interrupted(Exception):
@@ -169,7 +170,7 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
     config = replace(config, data_dir=data_dir or config.data_dir)
     if config.task:  # it holds the tokenizer itself: the run that it was tuned from may be gone
         config = replace(config, source=str(folder))
-    workload = build_workload(config)
+    workload = task_of(config)
     if not is_same_data(best.facts["data"], workload.facts):
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
     model = build_model(workload.model_config, best.tying, device=_accelerator().device)

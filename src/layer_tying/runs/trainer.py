@@ -15,11 +15,13 @@ from accelerate import Accelerator
 
 from layer_tying.core import distributed
 from layer_tying.core.frozen_layers import FrozenLayers
+from layer_tying.core.residual_scale import damp_shared_layers
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.batches import rows_of_rank
 from layer_tying.dynamic import DynamicTying, Layers
 from layer_tying.models.build import build_model
+from layer_tying.models.families import residual_outputs
 from layer_tying.policies.base import Policy
 from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
@@ -27,9 +29,10 @@ from layer_tying.runs.folder import RunLog, decision_line, late_reward
 from layer_tying.runs.memory import ModelState, model_state, peak_bytes
 from layer_tying.runs.source import best_checkpoint, load_backbone
 from layer_tying.runs.statistics import Stopwatch, Tally
+from layer_tying.runs.tasks import task_of
 from layer_tying.saving import checkpoint
-from layer_tying.tasks.base import build_workload
-from layer_tying.tasks.metrics import evaluating, perplexity
+from layer_tying.tasks.evaluation import evaluating
+from layer_tying.tasks.metrics import perplexity
 
 LOGGED_Q_VALUES = 8  # decisions whose whole Q-matrix is logged, over a run
 
@@ -41,7 +44,7 @@ class Training:
         self.config = config
         self.accelerator = accelerator
         self.log = log
-        self.workload = build_workload(config)
+        self.workload = task_of(config)
         batches = self.workload.batches_per_epoch * config.epochs
         self.num_steps = config.max_steps or max(1, batches // config.accumulate)
         config.check_every(self.num_steps)
@@ -58,8 +61,10 @@ class Training:
             self.workload.model_config,
             in_memory,
             device=accelerator.device,
-            damped=damped,
         )
+        if damped:
+            outputs = [f"{n}.*" for n in residual_outputs(self.model.config.model_type)]
+            damp_shared_layers(TiedLayers(self.model), outputs)
         self.model.config.use_cache = False
         setup.choose_attention(self.model, config)
         if config.task:

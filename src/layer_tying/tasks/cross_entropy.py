@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-IGNORED = -100  # the label of a position that is not predicted, as in torch and transformers
+from layer_tying.data.batches import IGNORED
+from layer_tying.models.families import FAMILIES
+
 CHUNK = 2**23  # logits computed at a time: 32 MiB in float32
 
 
@@ -26,7 +28,7 @@ def language_model_loss(model: PreTrainedModel, inputs: Tensor, labels: Tensor) 
     """Mean nats per predicted token: what ``cross_entropy(model(inputs).logits, labels)`` gives.
 
     Args:
-        model: a GPT-2, Llama or BERT of transformers with a language model's head.
+        model: of a language family in ``FAMILIES``, with its language model's head.
         inputs, labels: [B, T] token ids, already shifted; label -100 is not predicted.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -38,8 +40,9 @@ def language_model_loss(model: PreTrainedModel, inputs: Tensor, labels: Tensor) 
         hidden = model.base_model(inputs_embeds=embedded).last_hidden_state
     else:
         hidden = model.base_model(input_ids=inputs).last_hidden_state
-    if model.config.model_type == "bert":
-        hidden = model.get_submodule("cls.predictions.transform")(hidden)
+    transform = FAMILIES[model.config.model_type].head_transform
+    if transform:
+        hidden = model.get_submodule(transform)(hidden)
     return chunked_cross_entropy(hidden, head, labels, pending)
 
 

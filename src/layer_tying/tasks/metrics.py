@@ -1,57 +1,66 @@
-"""What a trained model is measured by: perplexity, bits per byte, accuracy, GLUE's metrics.
+"""The scores there are: one record each. No torch.
 
-Perplexities of different tokenizers do not compare; bits per byte do. So every score of text is
-reported per token, per byte, and per word where the data set is tokenised into words.
+Perplexities of different tokenizers do not compare, bits per byte do, so text is scored per token,
+per byte, and per word where the data set is published split into words.
+
+To add a metric, add its record, and its name to the tasks that report it: ``GLUE`` in
+``data/glue.py``, or the list at the top of a task's module.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-
-from layer_tying.core import distributed
-
-IGNORED = -100  # the label of a position that is not predicted, as in torch and transformers
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats, in float32, over labels that are not ignored.
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.int64)
 
-    Args:
-        logits: [..., classes], of any floating type.
-        labels: [...] class indices; -100 is ignored.
+
+@dataclass(frozen=True)
+class Outcome:
+    """What scores are computed from: how a model did on a split.
+
+    Attributes:
+        loss: mean nats for each predicted item.
+        predicted: int [N], the label that the model finds most likely.
+        labels: int [N], the true ones.
+        num_tokens, num_bytes, num_words: the size of a text; no words where they are not known.
     """
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED
-    )
+
+    loss: float = math.nan
+    predicted: np.ndarray = field(default_factory=_nothing)
+    labels: np.ndarray = field(default_factory=_nothing)
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_words: int | None = None
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients, and back as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+@dataclass(frozen=True)
+class Metric:
+    """A score.
+
+    Attributes:
+        title: what it is called in prose and tables.
+        compute: its value.
+        form: how its value is printed, as a format specification.
+        is_headline: whether a run's summary gives the test split's under the bare name as well.
+        higher_is_better: whether more of it is better.
+    """
+
+    title: str
+    compute: Callable[[Outcome], float]
+    form: str = ".3f"
+    is_headline: bool = False
+    higher_is_better: bool = False
 
 
-def mean_loss(loss_and_count: Iterable[tuple[Tensor, int]]) -> float:
-    """The mean loss per predicted item over all ranks' batches of (mean loss, number of items)."""
-    total, count = 0.0, 0.0
-    for loss, items in loss_and_count:
-        if items:  # the mean of nothing is not a number
-            total += float(loss) * items
-            count += items
-    total, count = distributed.sums(total, count)
-    return total / count
+def scores(names: Iterable[str], outcome: Outcome) -> dict[str, float]:
+    """The named metrics of an outcome."""
+    return {name: METRICS[name].compute(outcome) for name in names}
 
 
 def perplexity(loss: float) -> float:
@@ -70,28 +79,9 @@ def word_perplexity(loss: float, num_tokens: int, num_words: int) -> float:
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of equal entries."""
-    return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
-
-
-def most_likely(logits: Tensor) -> np.ndarray:
-    """The index of the largest of the logits [..., classes], int64 [...]."""
-    return logits.argmax(-1).cpu().numpy()
-
-
-def class_scores(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Loss, its exponential and accuracy of logits [N, classes] against labels [N]."""
-    loss = float(cross_entropy(logits, torch.from_numpy(labels)))
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "accuracy": accuracy(most_likely(logits), labels),
-    }
-
-
-def slices(number: int, size: int, max_slices: int | None = None) -> list[slice]:
-    """Rows 0..number in slices of a size, at most so many."""
-    return [slice(start, start + size) for start in range(0, number, size)][:max_slices]
+    """The share of equal entries; not a number where there is none."""
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    return float(np.mean(predicted == labels)) if labels.size else math.nan
 
 
 def matthews_correlation(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -127,26 +117,40 @@ def _confusion(predicted: np.ndarray, labels: np.ndarray) -> tuple[int, int, int
     )
 
 
-def last_word_accuracy(
-    passages: Sequence[tuple[str, str]],
-    encode: Callable[[str], np.ndarray],
-    logits_of: Callable[[Tensor], Tensor],
-    max_length: int,
-) -> float:
-    """LAMBADA: how often every token of the last word is the most likely one.
+def _bits_per_byte(of: Outcome) -> float:
+    return bits_per_byte(of.loss, of.num_tokens, of.num_bytes)
 
-    Args:
-        passages: (context, last word) pairs.
-        encode: text to token ids.
-        logits_of: [1, T] ids to [1, T, vocabulary] logits.
-        max_length: the longest input; contexts are cut from the left.
-    """
-    hits = []
-    for context, word in distributed.dealt(passages):
-        target = encode(" " + word)
-        tokens = np.concatenate([encode(context), target])[-(max_length + 1) :]
-        inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
-        best = logits_of(inputs)[0, -len(target) :].argmax(-1).cpu().numpy()
-        hits.append(bool(np.array_equal(best, target[-len(best) :])))
-    correct, passages_seen = distributed.sums(sum(hits), len(hits))
-    return correct / passages_seen
+
+def _word_perplexity(of: Outcome) -> float:
+    return (
+        math.nan if of.num_words is None else word_perplexity(of.loss, of.num_tokens, of.num_words)
+    )
+
+
+def _accuracy(of: Outcome) -> float:
+    return accuracy(of.predicted, of.labels)
+
+
+def _matthews_correlation(of: Outcome) -> float:
+    return matthews_correlation(of.predicted, of.labels)
+
+
+def _f1(of: Outcome) -> float:
+    return f1_score(of.predicted, of.labels)
+
+
+def _share(title: str, compute: Callable[[Outcome], float]) -> Metric:
+    """A headline of which more is better."""
+    return Metric(title, compute, is_headline=True, higher_is_better=True)
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("loss", lambda of: of.loss),
+    "perplexity": Metric("perplexity", lambda of: perplexity(of.loss)),
+    "bits_per_byte": Metric("bits per byte", _bits_per_byte, is_headline=True),
+    "word_perplexity": Metric("perplexity per word", _word_perplexity),
+    "last_word_accuracy": _share("last-word accuracy", _accuracy),
+    "accuracy": _share("accuracy", _accuracy),
+    "matthews_correlation": _share("Matthews correlation", _matthews_correlation),
+    "f1": _share("F1", _f1),
+}

@@ -1,0 +1,44 @@
+"""Text files of one's own: a file, or a folder of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layer_tying.data.sources import read_text
+from layer_tying.data.splits import Texts, cut_text, texts_of
+from layer_tying.errors import InputError
+
+
+def own_texts(path: Path) -> Texts:
+    """The text of a file, cut 90/5/5, or of a folder.
+
+    A folder's train, valid(ation) or dev, and test files are its splits; without a train file, all
+    its files in order are one text.
+
+    Raises:
+        InputError: if a file cannot be used, or the folder has a train file but not the others.
+    """
+    if path.is_dir():
+        return _folder_texts(path)
+    return cut_text(path.name, read_text(path), path.name)
+
+
+def _folder_texts(folder: Path) -> Texts:
+    files = sorted(file for file in folder.rglob("*") if _has_content(file, folder))
+    if not files:
+        raise InputError(f"{folder}: the folder holds no text, expected text files")
+    named = {file.stem.split(".")[-1]: file for file in files if file.parent == folder}
+    if "train" in named:
+        validation = named.get("validation") or named.get("valid") or named.get("dev")
+        if not (validation and "test" in named):
+            raise InputError(f"{folder}: has a train file, so it needs a valid and a test file too")
+        files = [named["train"], validation, named["test"]]
+        source = f"{', '.join(file.name for file in files)} of {folder.name}"
+        return texts_of(folder.name, map(read_text, files), source)
+    text = "".join(text if text.endswith("\n") else text + "\n" for text in map(read_text, files))
+    return cut_text(folder.name, text, f"{len(files)} file(s) of {folder.name}")
+
+
+def _has_content(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file() and file.stat().st_size > 0
