@@ -72,7 +72,7 @@ def _load(dataset: str) -> Mapping[str, Any]:
             f"data set {dataset!r}: expected {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME/CONFIGURATION"
         )
 
-    def fetch() -> Mapping[str, Any]:
+    def fetch() -> Mapping[Any, Any]:
         import datasets
 
         return dict(
