@@ -53,7 +53,7 @@ bench-speed: $(VENV)/.run ## steps, decisions, compiling, generating: 13 minutes
 bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same step: 11 minutes, resumes
 	$(BIN)/python benchmarks/alternatives.py
 
-bench-quality: $(VENV)/.test ## the contest of patterns and policies: hours, resumes
+bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
 	$(BIN)/python benchmarks/quality.py
 
 paper-small: $(VENV)/.test ## every row of the paper at small scale: half an hour on 2 free cores, resumes

@@ -24,10 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from paper_tables import results_page
-
 from layer_tying.data.sources import ENVIRONMENT
 from layer_tying.paper.rows import recipes
+from layer_tying.report.results import results_page
 from layer_tying.runs.config import TrainConfig
 
 SCALE = "small"

@@ -20,14 +20,14 @@ from performance_tables import (
     Row,
     Target,
     alternatives_table,
-    beside_the_paper,
     by_setting,
     memory_tables,
     memory_targets,
-    table,
+    with_the_paper,
 )
 
-from layer_tying.report.figures import COMPONENTS, GRID, STYLE
+from layer_tying.report.markdown import markdown_table
+from layer_tying.report.style import COMPONENTS, GRID, PART_NAMES, STYLE
 
 BENCHMARKS = Path(__file__).resolve().parent
 FILES = ("memory", "speed", "alternatives", "gpu")
@@ -36,7 +36,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def write_page(folder: Path = BENCHMARKS / "results") -> Path:
-    """The page of a folder of results: in docs/ of the committed ones, else beside them."""
+    """The page of a folder of results: in docs/ for the committed ones, else next to them."""
     is_committed = folder.resolve() == BENCHMARKS / "results"
     place = BENCHMARKS.parent / "docs" if is_committed else folder
     files = {name: folder / f"{name}.json" for name in FILES}
@@ -59,11 +59,17 @@ def performance_page(results: Results) -> str:
     rows = {name: result["rows"] for name, result in results.items()}
     targets = [*memory_targets(rows.get("memory", [])), *speed_targets(rows.get("speed", []))]
     if targets:
-        parts += ["## Targets", table(("target", "limit", "measured", "met"), map(_line, targets))]
+        parts += [
+            "## Targets",
+            markdown_table(("target", "limit", "measured", "met"), map(_line, targets)),
+        ]
     if "memory" in rows:
         parts += ["## Memory", *_memory(rows["memory"])]
     if "alternatives" in rows:
-        parts += ["## Beside other ways to save memory", *_alternatives(rows["alternatives"])]
+        parts += [
+            "## Compared with other ways to save memory",
+            *_alternatives(rows["alternatives"]),
+        ]
     if "speed" in rows:
         parts += ["## Speed", SPEED, *speed_tables(rows["speed"])]
     if "gpu" in rows:
@@ -72,7 +78,7 @@ def performance_page(results: Results) -> str:
 
 
 def _line(target: Target) -> tuple[str, ...]:
-    return target.name, target.limit, target.measured, "yes" if target.is_met else "**no**"
+    return target.name, target.limit, target.measured, "**yes**" if target.is_met else "no"
 
 
 def _introduction(results: Results) -> list[str]:
@@ -85,7 +91,7 @@ def _introduction(results: Results) -> list[str]:
     return [
         "What tying saves in memory and costs or gains in time, by the size of model that the "
         "paper trains: GPT-2, 48 layers x 1600, 25 heads, a vocabulary of 50,257. bf16 weights and "
-        "moments, fused AdamW, one sequence a step. Written by the benchmarks from "
+        "optimizer state, fused AdamW, one sequence a step. Written by the benchmarks from "
         "`benchmarks/results/*.json`:",
         "\n".join(lines),
     ]
@@ -101,26 +107,27 @@ def _machine(environment: dict[str, Any]) -> str:
 def _memory(rows: Sequence[Row]) -> list[str]:
     return [
         "*Peak* is the largest resident set of a process that builds the model and trains it; a "
-        "tied one also goes through ten transitions. *Above own* leaves out what the process "
-        "held after it had trained a toy. *Bound* is the ratio of the model states (parameters, "
-        "gradients and moments), which no activation lets a run reach; *the rest* is what the "
-        "peak above own holds beside the whole state: activations, temporaries, the allocator. "
-        "All of the state need not be there at the peak, so it can be small. MB are 10^6 bytes.",
-        "![Peak memory above own, by component](images/memory.png)",
+        "tied one also goes through ten transitions. *Above baseline* is the peak minus the memory "
+        "of a process that has trained a tiny model: libraries and kernels. *Bound* is the ratio "
+        "of the model states (parameters, gradients and optimizer state); activations keep a run "
+        "from reaching it. *The rest* is the peak above the baseline minus the model state: "
+        "activations, temporaries, the allocator. It can be small, since not all of the state "
+        "need exist at the peak. MB are 10^6 bytes.",
+        "![Peak memory above the baseline, by component](images/memory.png)",
         *memory_tables(rows),
-        "Beside the peaks that the paper gives for 48 layers x 1600. Its runs and ours may differ "
-        "in batch and precision, so compare the ratios; ours are of whole peaks here, the "
-        "interpreter's own included:",
-        beside_the_paper(rows),
+        "The peaks that the paper gives for 48 layers x 1600, and ours. The runs may differ in "
+        "batch and precision, so compare the ratios; ours are of whole peaks here, with the "
+        "baseline included:",
+        with_the_paper(rows),
     ]
 
 
 def _alternatives(rows: Sequence[Row]) -> list[str]:
     return [
-        "The same model and step, 1 x 256 tokens, with what people use instead, one process "
+        "The same model and step, 1 x 256 tokens, with other common methods, one process "
         "each. *Less memory* and *of the time* are against AdamW without checkpointing. Tying and "
-        "LoRA train fewer parameters, the others all of them; nothing is said here of how well "
-        "they train. LoRA starts from a pretrained model, which the others do not need.",
+        "LoRA train fewer parameters, the others all of them; quality is not "
+        "measured here. LoRA starts from a pretrained model, which the others do not need.",
         alternatives_table(rows),
     ]
 
@@ -165,18 +172,18 @@ def _gpu(rows: Sequence[Row]) -> list[str]:
     )
     return [
         "20 steps with 5 transitions in float32, against the same on the CPU:",
-        table(
+        markdown_table(
             ("gradient mode", "largest difference of a loss", "of a weight, relative"), differences
         ),
         *memory_tables(done["memory"]),
         *speed_tables(done["speed"]),
         "WikiText-2 for as long as there was time, the same for both:",
-        table(heads_of_pair, curves),
+        markdown_table(heads_of_pair, curves),
     ]
 
 
 def draw_memory(rows: Sequence[Row]) -> Figure:
-    """Bars of the peak above own, by component; a panel a setting."""
+    """Bars of the peak above the baseline, by component; a panel for each setting."""
     groups = {
         name: [r for r in group if "error" not in r] for name, group in by_setting(rows).items()
     }
@@ -190,7 +197,7 @@ def draw_memory(rows: Sequence[Row]) -> Figure:
         for axes, (name, group) in zip(panels, groups.items(), strict=True):
             _bars(axes, group)
             axes.set_title(name, loc="left")
-        panels[-1].set_xlabel("peak above the process's own, GB")
+        panels[-1].set_xlabel("peak above the baseline, GB")
         panels[0].legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower right")
         figure.set_layout_engine("constrained")
         figure.canvas.draw()
@@ -208,7 +215,7 @@ def _bars(axes: Any, group: Sequence[Row]) -> None:
             widths = [max(0, r["above_own_bytes"] - r["model_state_bytes"]) / 1e9 for r in group]
         else:
             widths = [r[f"{name}_bytes"] / 1e9 for r in group]
-        label = "the rest" if name == "rest" else f"{name}s"
+        label = PART_NAMES.get(name, "the rest")
         axes.barh(labels, widths, left=start, color=colour, label=label, height=0.7)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     for index, row in enumerate(group):

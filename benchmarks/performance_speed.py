@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from performance_tables import Row, Target, megabytes, shape, table
+from performance_tables import Row, Target, megabytes, shape
+
+from layer_tying.report.markdown import markdown_table
 
 PARTS = ("forward", "backward", "optimizer", "step")
 
@@ -45,12 +47,12 @@ def _steps(rows: Sequence[Row]) -> str:
             ]
             label = shape(row) if name == "conventional" else side(row)
             lines.append([f"{label}, {name}", *cells])
-    return table(("seconds (of conventional)", *PARTS), lines)
+    return markdown_table(("seconds (of conventional)", *PARTS), lines)
 
 
 def _decisions(rows: Sequence[Row]) -> str:
     heads = ("model", "step, s", "decision, s", "decision, in steps", "share at every = 50")
-    return table(
+    return markdown_table(
         heads,
         [
             [
@@ -74,7 +76,7 @@ def _compiled(rows: Sequence[Row]) -> str:
         *("model", "eager, s/step", "compiled, s/step", "of eager", "graphs"),
         *("made by transitions", "first two steps, s"),
     )
-    return table(
+    return markdown_table(
         heads,
         [
             [
@@ -93,7 +95,7 @@ def _compiled(rows: Sequence[Row]) -> str:
 
 def _generating(rows: Sequence[Row]) -> str:
     heads = ("model", "compact, tokens/s", "expanded, tokens/s", "compact / expanded")
-    return table(
+    return markdown_table(
         heads,
         [
             [
@@ -107,8 +109,8 @@ def _generating(rows: Sequence[Row]) -> str:
 
 
 def _loading(rows: Sequence[Row]) -> str:
-    heads = ("model", "file, MB", "loading, s", "peak above own, MB")
-    return table(
+    heads = ("model", "file, MB", "loading, s", "peak above baseline, MB")
+    return markdown_table(
         heads,
         [
             [

@@ -1,10 +1,10 @@
-"""The contest: which way of choosing what is shared trains the best model of a given size.
+"""A benchmark: which way of choosing what is shared trains the best model of a given size.
 
-Every contestant trains the same transformer (12 layers x 64, rotary positions) for the same steps
+Every method trains the same transformer (12 layers x 64, rotary positions) for the same steps
 on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
 over much of a text, and many over little of it. A third one, `gpt2`, is a pass with the shape that
 the paper trains, twice as wide and ten times as long: it is run when it is asked for by name. Each
-contestant has the same learning rates to choose from, on validation and for the first seed; test
+method has the same learning rates to choose from, on validation and for the first seed; test
 figures are only reported.
 
 Runs go through at most two processes of one thread each. A run whose row is there is left alone,
@@ -12,8 +12,8 @@ one that was stopped begins anew. After every run benchmarks/results/quality.jso
 that what was done counts when it is stopped; docs/quality.md and its pictures follow at the end.
 
     python benchmarks/quality.py                                 # all: some 4 hours of two threads
-    python benchmarks/quality.py --sets pydocs --regimes one-pass --contestants sandwich-3 bandit-3
-    python benchmarks/quality.py --sets pydocs --regimes gpt2 --contestants conventional bandit-3
+    python benchmarks/quality.py --sets pydocs --regimes one-pass --methods sandwich-3 bandit-3
+    python benchmarks/quality.py --sets pydocs --regimes gpt2 --methods conventional bandit-3
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ OTHER_SHAPES: dict[str, dict[str, Any]] = {  # of a regime
     }
 }
 DAMPED = {"shared_init": "damped"}
-CONTESTANTS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "conventional": {"policy": "none"},
     **{f"conventional, {m} layers": {"policy": "none", "nlayers": m} for m in (2, 3, 4)},
     "all": {"policy": "all"},
@@ -95,7 +95,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     try:
         first, *others = options.seeds
-        settings = list(product(options.sets, options.regimes, options.contestants))
+        settings = list(product(options.sets, options.regimes, options.methods))
         train_all([(*each, rate, first) for each in settings for rate in options.rates], options)
         rows = collect(options)
         rates = {each: best_rate(rows, *each) for each in settings}
@@ -153,7 +153,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     usual = [regime for regime in REGIMES if regime not in OTHER_SHAPES]
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=usual)
-    for name, values in (("sets", SETS), ("contestants", CONTESTANTS)):
+    for name, values in (("sets", SETS), ("methods", METHODS)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=list(values))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from")
@@ -178,7 +178,7 @@ def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     }
     if options.max_steps:
         settings["max_steps"] = options.max_steps
-    return TrainConfig(**(settings | CONTESTANTS[contestant]))
+    return TrainConfig(**(settings | METHODS[contestant]))
 
 
 def shape_of(regime: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of earlier results and of all runs done since, written down."""
     rows = rows_so_far(options)
     known = known_runs(rows)
-    every = product(SETS, REGIMES, CONTESTANTS, options.rates, options.seeds)
+    every = product(SETS, REGIMES, METHODS, options.rates, options.seeds)
     new = [run for run in every if run not in known and has_ended(run, options)]
     rows += [row_of(run, options) for run in new]
     options.results.parent.mkdir(parents=True, exist_ok=True)

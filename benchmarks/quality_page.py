@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from performance_tables import table
 from quality_pictures import draw_front, draw_panels, draw_patterns
 from quality_rows import (
     FIXED,
@@ -20,6 +19,8 @@ from quality_rows import (
     rank_correlation,
     ratio,
 )
+
+from layer_tying.report.markdown import markdown_table
 
 
 def write_page(results: Row, folder: Path) -> None:
@@ -54,15 +55,15 @@ def _introduction(results: Row) -> list[str]:
     versions = sorted({f"torch {r['versions']['torch']}" for r in rows})
     return [
         f"Which way of choosing what is shared trains the best model of a given size, with equal "
-        f"data, order and seeds ({trained}). Each contestant had the same learning rates to "
+        f"data, order and seeds ({trained}). Each method had the same learning rates to "
         f"choose from, on validation with the first seed. Written by `make bench-quality` from "
         f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
         f"{', '.join(machine)}, {', '.join(versions)}.",
         "Perplexity is per token of the test text, at the weights that were best on validation; "
         "with several seeds the mean and the standard deviation; the rise after it is that of the "
         "validation perplexity from its best to the end of training. `bandit-M` starts from "
-        "`sandwich-M` with damped initial weights and keeps M independent layers; `bandit, priced` "
-        "begins and ends groups as it likes. The runs are short: they compare the contestants "
+        "`sandwich-M` with 1/n residual scaling and keeps M independent layers; `bandit, priced` "
+        "begins and ends groups as it likes. The runs are short: they compare the methods "
         "with each other, at this size and length. Where there is one seed only, a few per cent "
         "may be chance; what was tried on the way is in the [log](log.md).",
     ]
@@ -78,30 +79,30 @@ def _shape(settings: Row, steps: int) -> str:
 
 _PICTURES = (
     "![Perplexity against mean model state](images/quality-front.png)",
-    "Beside a star is the bandit's M, beside a square the layers of a conventional model. The line "
-    "joins what nothing else beats in both.",
+    "The label of a star is the bandit's M, that of a square the number of layers of a "
+    "conventional model. The line is the Pareto front.",
     "![Perplexity by the number of independent layers](images/quality-patterns.png)",
     "The same perplexities by the mean number of independent layers: at equal size, what is "
-    "shared decides, and how it starts. The best fixed pattern of each size has its name "
-    "beside it; the dashed line is conventional training.",
+    "shared decides, and how it starts. The best fixed pattern of each size is "
+    "labelled; the dashed line is conventional training.",
 )
 
 
 _VERDICTS = (
-    "The bandit's perplexity as a share of its rivals' (below 1: it is better; **bold**: the aim "
-    "is missed), over the seeds that both have, their number in brackets. The best fixed pattern "
-    "is the one of as many independent layers, drawn as transformers draws weights, that does best "
-    "beside the bandit."
+    "The bandit's perplexity as a share of another method's (below 1: the bandit is better; "
+    "**bold**: the target is met), over the seeds that both have; their number in brackets. The "
+    "best fixed pattern is the best one with as many independent layers and standard initial "
+    "weights."
 )
 _AIMS = (
-    "The aims: at most 1.00 of the best fixed pattern, of the start that is kept to the end and of "
-    "conventional training in one pass, 0.92 of it in many passes; less than random changes, which "
-    "settle when the bandit does; a size chosen by itself that no contestant beats in both "
+    "The targets: at most 1.00 of the best fixed pattern, of the start that is kept to the end and "
+    "of conventional training in one pass, 0.92 of it in many passes; less than random changes, which "
+    "settle when the bandit does; a size chosen by itself that no other method beats in both "
     "perplexity and mean model state; 2 % of the time for decisions. The rank correlation is that "
     "of what the bandit's worths say of the fixed patterns of neighbouring layers (so many in "
     "brackets) with the perplexities that these had."
 )
-Cell = Callable[[Groups, str], str]  # of a contestants' groups, in a regime
+Cell = Callable[[Groups, str], str]  # of the methods' groups, in a regime
 
 
 def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
@@ -120,7 +121,9 @@ def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
     ]
     columns = [(at_best_rate(rows, text, regime), regime) for text, regime in settings]
     heads = ["", *(f"{text}, {regime}" for text, regime in settings)]
-    return table(heads, [[name, *(cell(*column) for column in columns)] for name, cell in lines])
+    return markdown_table(
+        heads, [[name, *(cell(*column) for column in columns)] for name, cell in lines]
+    )
 
 
 def _of_best_fixed(m: int) -> Cell:
@@ -148,7 +151,7 @@ def _share(groups: Groups, ours: str, rival: str, most: float) -> str:
     share = ratio(groups, ours, rival)
     if share is None:
         return ""
-    figure = f"{share:.3f}" if round(share, 3) <= most else f"**{share:.3f}**"
+    figure = f"**{share:.3f}**" if round(share, 3) <= most else f"{share:.3f}"
     return f"{figure} ({len(common_seeds(groups, ours, rival))})"
 
 
@@ -157,7 +160,7 @@ def _size_of_its_own(groups: Groups, _: str) -> str:
         return ""
     layers = mean(groups["bandit, priced"], "independent_layers_mean")
     is_on = "bandit, priced" in front_of(points_of(groups, "model_state_bytes_mean"))
-    return f"{layers:.1f}, {'yes' if is_on else '**no**'}"
+    return f"{layers:.1f}, {'**yes**' if is_on else 'no'}"
 
 
 def _time_of_decisions(groups: Groups, _: str) -> str:
@@ -165,17 +168,17 @@ def _time_of_decisions(groups: Groups, _: str) -> str:
     if not ours:
         return ""
     most = max(mean(rows, "decision_overhead") for rows in ours)
-    return f"{most:.1%}" if most <= 0.02 else f"**{most:.1%}**"
+    return f"**{most:.1%}**" if most <= 0.02 else f"{most:.1%}"
 
 
 def _table(groups: Groups) -> str:
     heads = (
-        *("contestant", "perplexity", "bits/byte", "validation", "rise after"),
+        *("method", "perplexity", "bits/byte", "validation", "rise after"),
         *("independent, mean", "end"),
         *("state, mean MB", "peak MB", "s/step", "decisions", "learning rate", "seeds"),
     )
     ordered = sorted(groups.items(), key=lambda item: mean(item[1], "test_perplexity"))
-    return table(heads, (_cells(name, rows) for name, rows in ordered))
+    return markdown_table(heads, (_cells(name, rows) for name, rows in ordered))
 
 
 def _cells(name: str, rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The two pictures of the contest: quality by model state, and by the number of layers."""
+"""The two pictures of the benchmark: quality by model state, and by the number of layers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from quality_rows import FIXED, Groups, Row, at_best_rate, front_of, mean, points_of
 
-from layer_tying.report.figures import STYLE
+from layer_tying.report.style import STYLE
 
-KINDS = {  # prefix of a contestant -> name, marker, colour (of Okabe and Ito)
+KINDS = {  # prefix of a method -> name, marker, colour (of Okabe and Ito)
     "conventional": ("conventional", "s", "#000000"),
     "bandit": ("bandit", "*", "#D55E00"),
     "dqn": ("the paper's agent", "X", "#0072B2"),
     "random": ("random changes", "P", "#56B4E9"),
-    "": ("fixed patterns (hollow: damped)", "o", "#999999"),
+    "": ("fixed patterns (hollow: 1/n scaled)", "o", "#999999"),
 }
 
 

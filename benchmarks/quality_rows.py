@@ -1,4 +1,4 @@
-"""What the rows of the contest say: each contestant's best runs, ratios, who is on the front."""
+"""What the rows of the benchmark say: each method's best runs, ratios, who is on the front."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from layer_tying.core.patterns import pattern
 
 Row = dict[str, Any]
-Groups = dict[str, list[Row]]  # contestant -> its runs at its best learning rate
+Groups = dict[str, list[Row]]  # method -> its runs at its best learning rate
 SCHEMES = ("sequence", "cycle", "cycle-reverse", "sandwich")
 FIXED = {m: [f"{name}-{m}" for name in SCHEMES] for m in (2, 3, 4)}
 FIXED[4].append("middle-loop-4")
@@ -31,7 +31,7 @@ def of(rows: Sequence[Row], text: str, regime: str) -> list[Row]:
 
 
 def at_best_rate(rows: Sequence[Row], text: str, regime: str) -> Groups:
-    """Each contestant's runs at its best learning rate."""
+    """Each method's runs at its best learning rate."""
     mine = of(rows, text, regime)
     best = {
         name: best_rate(rows, text, regime, name)
@@ -48,7 +48,7 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def ratio(groups: Groups, one: str, other: str) -> float | None:
-    """Of two contestants' mean test perplexities over the seeds that both have."""
+    """Of two methods' mean test perplexities over the seeds that both have."""
     seeds = common_seeds(groups, one, other)
     if not seeds:
         return None

@@ -1,7 +1,6 @@
 """The page of performance: ratios and verdicts are right, and what failed or is missing is said."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -83,8 +82,13 @@ def page_of(tmp_path):
 
 
 def cells_of(page: str, start: str) -> list[str]:
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    (cells,) = [cells for cells in table_lines(page) if cells[0] == start]
+    return cells
+
+
+def table_lines(page: str) -> list[list[str]]:
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines]
 
 
 def test_memory_is_compared_with_the_conventional_side_of_its_setting(page_of, tmp_path):
@@ -92,9 +96,9 @@ def test_memory_is_compared_with_the_conventional_side_of_its_setting(page_of, t
     assert cells_of(page, "1")[1:6] == ["1,100", "1,000", "12.00x", "12.22x", "98%"]
     assert cells_of(page, "1")[9:11] == ["100", "+0"]
     long = page.partition("1 x 1,024 tokens, with gradient checkpointing**")[2]
-    assert "| 48, conventional | no memory | - |" in long
-    assert re.search(r"\| 7 \| 4,100 \| 4,000 \| - \| - \| - \|", long)
-    assert "12,566.66 | 4,514.31 | 2.78x" in page
+    assert cells_of(long, "48, conventional")[1:3] == ["no memory", "-"]
+    assert cells_of(long, "7")[1:6] == ["4,100", "4,000", "-", "-", "-"]
+    assert cells_of(page, "the paper, as published")[1:] == ["12,566.66", "4,514.31", "2.78x"]
     assert (tmp_path / "images" / "memory.png").stat().st_size > 10_000
 
 
@@ -103,7 +107,7 @@ def test_every_target_is_held_against_what_was_measured(page_of):
     verdicts = {
         start: (cells_of(page, start)[2], cells_of(page, start)[3])
         for start in (
-            "times less memory above own, 1 x 256, 7 independent",
+            "times less memory above the baseline, 1 x 256, 7 independent",
             "share of the bound, 1 x 256, 7 independent",
             "share of the bound, 1 x 256, 1 independent",
             "peak raised by transitions, at most (limit: a block's state)",
@@ -114,8 +118,8 @@ def test_every_target_is_held_against_what_was_measured(page_of):
         )
     }
     assert list(verdicts.values()) == [
-        *(("4.00", "**no**"), ("73%", "**no**"), ("98%", "yes"), ("0 MB", "**no**")),
-        *(("0.95", "yes"), ("0.85", "**no**"), ("0.50", "yes"), ("1.0%", "yes")),
+        *(("4.00", "no"), ("73%", "no"), ("98%", "**yes**"), ("0 MB", "no")),
+        *(("0.95", "**yes**"), ("0.85", "no"), ("0.50", "**yes**"), ("1.0%", "**yes**")),
     ]
 
 

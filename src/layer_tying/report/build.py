@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from layer_tying.errors import InputError
-from layer_tying.report import figures, figures_agent, page, tables
+from layer_tying.report import figures_agent, figures_curves, figures_tying, page, style, tables
 from layer_tying.report.formats import format_number, format_percent, format_times
 from layer_tying.report.runs import (
     REPETITION_KEYS,
@@ -26,7 +26,7 @@ from layer_tying.report.runs import (
     curve,
     group_runs,
 )
-from layer_tying.runs.reading import Run, read_run
+from layer_tying.runs.reading import read_run
 
 # name of its files, the figure, its caption -> HTML
 Show = Callable[[str, Figure, str], Markup]
@@ -34,25 +34,25 @@ Show = Callable[[str, Figure, str], Markup]
 CURVES = {
     "validation_perplexity": (
         "validation perplexity",
-        f"Lower is better; shown up to {figures.PERPLEXITY_RANGE} times the best.",
+        f"Lower is better; shown up to {figures_curves.PERPLEXITY_RANGE} times the best.",
     ),
     "validation_accuracy": ("validation accuracy", "Higher is better."),
     "loss": ("training loss", "On training batches."),
     "independent_layers": ("independent layers", "Layers with weights of their own."),
-    "model_state_bytes": ("model state", "Parameters, gradients and moments."),
+    "model_state_bytes": ("model state", "Parameters, gradients and optimizer state."),
 }
 COMPARISON_NOTE = (
     "Validation selects; test is only reported. Means run over training; several seeds are mean ± "
     "standard deviation. “Of conv.” is relative to conventional training of the same model on the "
-    "same data. Model state is parameters, gradients and moments; peak memory is all that was "
-    "measured (on a CPU, the whole process). “Deciding” is the share of time that decisions took. "
+    "same data. Model state is parameters, gradients and optimizer state; peak memory is all that "
+    "was measured (on a CPU, the whole process). “For decisions” is the share of time they took. "
     "1 MB is 10⁶ bytes."
 )
 PAPER_NOTE = (
     "Paper: David-Hay and Wolf, Dynamic Layer Tying for Parameter-Efficient Transformers, ICLR "
     "2024; GPT-2 with 48 layers of width 1,600 on WikiText-2. Perplexity is of the test split. "
-    "Rows compare only at the same data, tokenizer and size. Here, the memory peak is all that was "
-    "measured, and the mean is of the model state. A dash is not known."
+    "Figures are comparable only for the same data, tokenizer and model size. Of runs here, the "
+    "peak is of all memory and the mean is of the model state. A dash: not known."
 )
 
 
@@ -70,15 +70,15 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     written = [output]
 
     def show(name: str, figure: Figure, caption: str) -> Markup:
-        svg, png = figures.render(figure)
+        svg, png = style.render(figure)
         for suffix, content in ((".svg", svg.encode()), (".png", png)):
             written.append(album / (name + suffix))
             written[-1].write_bytes(content)
-        return page.figure(svg, name, caption, is_wide=figure.get_figwidth() > figures.NARROW)
+        return page.figure(svg, name, caption, is_wide=figure.get_figwidth() > style.NARROW)
 
     try:
         album.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(figures.STYLE):
+        with matplotlib.rc_context(style.STYLE):
             sections = _sections(groups, show)
         html = page.document(_title(groups), _lead(groups), _tiles(groups), sections)
         output.write_text(html, encoding="utf-8")
@@ -91,11 +91,11 @@ def _sections(groups: list[RunGroup], show: Show) -> list[tuple[str, list[Markup
     sections = {
         "Comparison": _comparison(groups),
         "Over training": [page.grid(curves)] if (curves := _curves(groups, show)) else [],
-        "Who owns whom": _ownership(groups, show),
+        "Which layers share weights": _ownership(groups, show),
         "How often each layer was independent": _independence(groups, show),
         "What the agent expects": _expectations(groups, show),
         "Memory": _memory(groups, show),
-        "Beside the paper": _beside_the_paper(groups),
+        "The paper’s figures": _with_the_paper(groups),
         "Runs": [page.table(*tables.run_list(groups), kind="left"), _configuration(groups)],
     }
     return [(heading, blocks) for heading, blocks in sections.items() if blocks]
@@ -167,7 +167,7 @@ def _comparison(groups: list[RunGroup]) -> list[Markup]:
 
 
 def _curves(groups: list[RunGroup], show: Show) -> list[Markup]:
-    styles = figures.group_styles(groups)
+    styles = style.group_styles(groups)
     blocks = []
     for key, (axis_label, explanation) in CURVES.items():
         shown = [index for index, group in enumerate(groups) if _has_curve(group, key)]
@@ -176,7 +176,7 @@ def _curves(groups: list[RunGroup], show: Show) -> list[Markup]:
         caption = f"{axis_label.capitalize()}. {explanation}"
         if any(len(groups[index].runs) > 1 for index in shown):
             caption += " Bands: one standard deviation over seeds."
-        figure = figures.draw_curves(
+        figure = figures_curves.draw_curves(
             [groups[index] for index in shown], [styles[index] for index in shown], key, axis_label
         )
         blocks.append(show(key, figure, caption))
@@ -194,12 +194,12 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
     blocks = []
     for num_layers in sorted({group.runs[0].num_layers for group in groups}):
         alike = [group for group in groups if group.runs[0].num_layers == num_layers]
-        colours = figures.owner_colours([run for group in alike for run in group.runs])
+        colours = figures_tying.owner_colours([run for group in alike for run in group.runs])
         caption = (
             "The tying each run ended with. A cell names the layer whose weights are used there; "
             "cells of one number share one set of weights. Bold: independent layers."
         )
-        final = figures.draw_final_tyings(alike, colours)
+        final = figures_tying.draw_final_tyings(alike, colours)
         blocks.append(show(f"final_tyings_{num_layers}_layers", final, caption))
         for group in alike:
             run = group.runs[0]
@@ -210,7 +210,7 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
                     "a colour is an owner: cells of one colour in a column share one set of "
                     "weights. A stroke runs through a layer while it is independent."
                 )
-                figure = figures.draw_tying(run, colours)
+                figure = figures_tying.draw_tying(run, colours)
                 blocks.append(show(f"tying_{_slug(group, groups)}", figure, caption))
     return blocks
 
@@ -219,7 +219,7 @@ def _independence(groups: list[RunGroup], show: Show) -> list[Markup]:
     return [
         show(
             f"independence_{_slug(group, groups)}",
-            figures.draw_independence(group),
+            figures_tying.draw_independence(group),
             f"{group.title}. The darker, the larger the share of decisions that left the layer "
             "independent. Right: over the whole run, with a mark where uniformly random decisions "
             "would be, 1 in i + 1 for layer i.",
@@ -242,8 +242,8 @@ def _expectations(groups: list[RunGroup], show: Show) -> list[Markup]:
     blocks = []
     for name, run in worths[:1]:
         caption = (
-            f"{name} What each layer is worth, in nats, as the first of its group: so much higher "
-            "would the loss be if it used the weights of the layer before it."
+            f"{name} What each layer is worth, in nats, as the first of its group: how much "
+            "higher the loss would be if it used the weights of the layer before it."
         )
         blocks.append(show("worths", figures_agent.draw_worths(run), caption))
     for name, run in matrices[:1]:
@@ -264,11 +264,11 @@ def _memory(groups: list[RunGroup], show: Show) -> list[Markup]:
         "Model state by component: mean over the logged steps and, paler, the largest. Activations "
         "are not part of it, and tying does not make them smaller."
     )
-    return [show("memory", figures.draw_memory(measured), caption)]
+    return [show("memory", figures_curves.draw_memory(measured), caption)]
 
 
-def _beside_the_paper(groups: list[RunGroup]) -> list[Markup]:
-    table = tables.beside_the_paper(groups)
+def _with_the_paper(groups: list[RunGroup]) -> list[Markup]:
+    table = tables.with_the_paper(groups)
     return [page.table(*table), page.note(PAPER_NOTE)] if table else []
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from layer_tying.report.figures import ACCENT, NARROW, SHARES, bare, layer_axis
 from layer_tying.report.formats import format_number
+from layer_tying.report.style import ACCENT, NARROW, SHARES, bare, layer_axis
 from layer_tying.runs.reading import Run, as_number
 
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
-from layer_tying.report.figures import GRID, INK, MUTED, PAPER
+from layer_tying.report.style import GRID, INK, MUTED, PAPER
 
 PIXELS_PER_POINT = 1.55  # at which type of 9 points in a figure is as large as that of the page
 _TEMPLATES = Environment(loader=PackageLoader("layer_tying.report"), autoescape=True)

@@ -1,4 +1,4 @@
-"""The comparison of runs, and the paper's table with this project's rows beside it.
+"""The comparison of runs, and the figures of the paper next to those of runs on text.
 
 A table is (heads, rows): heads are pairs of a heading, which neighbouring columns may share, and
 the column's own name; rows are lists of text. The page and the terminal show the same cells.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from layer_tying.paper.published import GPT2_WIKITEXT2
 from layer_tying.report.formats import (
     format_bytes,
     format_number,
@@ -32,12 +33,6 @@ Table = tuple[list[tuple[str, str]], list[list[str]]]
 
 TERMINAL_WIDTH = 100
 RATIO = "seconds_per_step over conventional"
-
-# As published for GPT-2 of 48 layers of width 1,600 on WikiText-2. What is not here is not known.
-PAPER_ROWS = {
-    "conventional": {"test_perplexity": 53.57, "peak_memory_bytes": 12_566.66e6},
-    "dynamic": {"test_perplexity": 49.37, "peak_memory_bytes": 4_514.31e6},
-}
 
 
 @dataclass(frozen=True)
@@ -83,9 +78,9 @@ COST = (
     Column("model state", "mean", "state", "model_state_bytes_mean", format_bytes, 5),
     Column("model state", "peak", "its peak", "model_state_bytes_peak", format_bytes, 12),
     Column("", "peak memory", "memory", "peak_memory_bytes", format_bytes, 14),
-    Column("time a step", "seconds", "s/step", "seconds_per_step", _three_digits, 7),
-    Column("time a step", "of conv.", "time", RATIO, format_times, 9),
-    Column("", "deciding", "deciding", "decision_overhead", format_percent, 15),
+    Column("time per step", "seconds", "s/step", "seconds_per_step", _three_digits, 7),
+    Column("time per step", "of conv.", "time", RATIO, format_times, 9),
+    Column("time per step", "for decisions", "decisions", "decision_overhead", format_percent, 15),
 )
 QUALITY = ("validation_perplexity", "test_perplexity", "bits_per_byte", "accuracy")
 PAPER_COLUMNS = (
@@ -125,7 +120,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
         columns.remove(max(columns, key=lambda column: column.rank))
 
 
-def beside_the_paper(groups: Sequence[RunGroup]) -> Table | None:
+def with_the_paper(groups: Sequence[RunGroup]) -> Table | None:
     """The published rows, then conventional and dynamic runs on text; None if there are none."""
     ours = [
         group
@@ -138,7 +133,7 @@ def beside_the_paper(groups: Sequence[RunGroup]) -> Table | None:
         return None
     heads = [("", "run"), *((heading, name) for heading, name, *_ in PAPER_COLUMNS)]
     rows = []
-    for name, known in PAPER_ROWS.items():
+    for name, known in GPT2_WIKITEXT2.items():
         cells = [write(known.get(key, math.nan), math.nan) for *_, key, write in PAPER_COLUMNS]
         rows.append([f"paper: {name}", *cells])
     for group in ours:

@@ -1,4 +1,4 @@
-"""The page of results, made of what benchmarks/paper.py measured: no number is typed by hand."""
+"""The page of results, from the results file of the paper's rows: no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from layer_tying.data.glue import TASKS
 from layer_tying.paper.rows import TYINGS
+from layer_tying.report.markdown import markdown_table
 
 Summary = dict[str, Any]
 Column = tuple[str, Callable[[Summary, Summary], str]]  # heading, cell(row, conventional row)
@@ -52,17 +53,17 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
     seeds = sorted({entry["seed"] for entry in entries})
     return [
         "The rows of the paper at a small scale: 12 layers x 128 instead of 48 x 1,600, a learned "
-        "vocabulary of 4,096, some hundred steps. They compare with each other, not with the "
-        "paper's. Written by `make paper-small`; the figures are in "
+        "vocabulary of 4,096, a few hundred steps. They can be compared with each "
+        "other, but not with the paper's. Written by `make paper-small`; the figures are in "
         "`benchmarks/results/paper-small.json`, with each row's command and configuration.",
         f"{len(entries)} rows took {hours:.1f} hours of one thread each, on {'; '.join(machines)}. "
-        f"Seeds: {', '.join(map(str, seeds))}. One run a row: differences of a few per cent may "
-        f"be chance.",
+        f"Seeds: {', '.join(map(str, seeds))}. Each row is one run: differences of a few per cent "
+        f"may be chance.",
         "Perplexities are of the test split, at the weights that were best on validation. "
         "*Independent* is the number of independent layers, *trainable* that of trainable "
         "parameters: mean over training, and at the end. *State* is the peak of parameters, "
-        "gradients and moments. *Of conv.* is the share of the conventional run's on the same "
-        "data: below 100 % is less. For the time of a step see [performance](performance.md).",
+        "gradients and optimizer state. *Of conv.* is the share of the conventional run's on the "
+        "same data: below 100 % is less. For the time of a step see [performance](performance.md).",
     ]
 
 
@@ -74,8 +75,8 @@ def _machine(entry: dict[str, Any]) -> str:
     )
 
 
-def _section(title: str, table: list[str]) -> list[str]:
-    return [f"## {title}", "\n".join(table)] if len(table) > 2 else []
+def _section(title: str, table: str) -> list[str]:
+    return [f"## {title}", table] if table else []
 
 
 def _number(key: str, digits: int = 2) -> Callable[[Summary, Summary], str]:
@@ -121,13 +122,13 @@ TEXT: tuple[Column, ...] = (
 
 def _table(
     rows: Iterable[tuple[str, Summary, Summary]], columns: Sequence[Column], first: str = "row"
-) -> list[str]:
-    heads = [first, *(heading for heading, _ in columns)]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * len(columns)}"]
-    for name, row, conventional in rows:
-        cells = [name, *(cell(row, conventional) for _, cell in columns)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+) -> str:
+    """Markdown of the rows, given as name, summary and summary of the conventional run."""
+    lines = [
+        [name, *(cell(row, conventional) for _, cell in columns)]
+        for name, row, conventional in rows
+    ]
+    return markdown_table([first, *(heading for heading, _ in columns)], lines) if lines else ""
 
 
 def _pairs(rows: dict[str, Summary], prefix: str, names: dict[str, str]) -> list[Any]:
@@ -139,7 +140,7 @@ def _pairs(rows: dict[str, Summary], prefix: str, names: dict[str, str]) -> list
     ]
 
 
-def _language(rows: dict[str, Summary]) -> list[str]:
+def _language(rows: dict[str, Summary]) -> str:
     both = ("conventional", "dynamic")
     lines = [
         line
@@ -151,18 +152,18 @@ def _language(rows: dict[str, Summary]) -> list[str]:
     return _table(lines, (*TEXT, ("last word", _number("last_word_accuracy", 3)), *COSTS))
 
 
-def _ablations(rows: dict[str, Summary]) -> list[str]:
+def _ablations(rows: dict[str, Summary]) -> str:
     return _table(_pairs(rows, "gpt2-wiki2", ABLATIONS), (*TEXT, *COSTS))
 
 
-def _others(rows: dict[str, Summary]) -> list[str]:
+def _others(rows: dict[str, Summary]) -> str:
     both = ("conventional", "dynamic")
     bert = _pairs(rows, "bert-wiki2", {side: f"BERT, WikiText-2 (masked), {side}" for side in both})
     vit = _pairs(rows, "vit-cifar10", {side: f"ViT, CIFAR-10, {side}" for side in both})
     return _table([*bert, *vit], (*PERPLEXITY, ("accuracy", _number("accuracy", 3)), *COSTS))
 
 
-def _glue(rows: dict[str, Summary]) -> list[str]:
+def _glue(rows: dict[str, Summary]) -> str:
     """A row a task and metric, a column a tying."""
     lines = []
     for task in TASKS:

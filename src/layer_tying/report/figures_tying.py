@@ -1,75 +1,26 @@
-"""The pictures of a report, drawn from runs with matplotlib's object-oriented API.
-
-Every function returns a `Figure`; `render` turns it into SVG text and PNG bytes. Text, rules and
-background have colours of their own (INK, MUTED, GRID, PAPER), so that a page can replace them in
-the SVG by its own for light and dark. Colours of data hold on both and for the colour-blind: they
-differ in lightness, and no picture needs its hues told apart to be read.
-"""
+"""The pictures of which layers share weights: over training, at the end, and how often."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from layer_tying.report.formats import format_bytes, format_number, format_scaled
-from layer_tying.report.runs import RunGroup, curve
+from layer_tying.report.runs import RunGroup
+from layer_tying.report.style import INK, MUTED, PAPER, SHARES, WIDE, bare, layer_axis, percent
 from layer_tying.runs.reading import Run
 
-INK, MUTED, GRID, PAPER = "#1b1f25", "#69717c", "#dfe2e7", "#fefefe"
-CONVENTIONAL, ACCENT = "#8a919b", "#1f77c4"
-OTHERS = (ACCENT, "#d9730d", "#0f9d77", "#c45a9c", "#b8991a", "#6a5acd", "#56b4e9")
-COMPONENTS = {"parameter": "#31688e", "gradient": "#35a58b", "moment": "#a5c957"}
 OWNERS = LinearSegmentedColormap.from_list(
     "owners",
     ["#f3ead6", "#efcf86", "#bdc163", "#72b276", "#339a8c", "#2c7ba0", "#34579a", "#2b2b66"],
     N=1024,  # so that no two of many owners get the same entry
 )
-SHARES = LinearSegmentedColormap.from_list("shares", ["#eef2f6", "#8db8d8", "#2f6ea8", "#17294d"])
-WIDE, NARROW = 9.6, 4.7  # inches
-PERPLEXITY_RANGE = 20  # times the best: an untrained model's 50,000 would flatten all the rest
 MAX_COLUMNS = 600  # decisions drawn: more are thinner than a pixel
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "axes.facecolor": "none",
-    "figure.facecolor": PAPER,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "layer-tying",  # ids by content rather than by chance
-    "text.parse_math": False,  # a dollar sign in a data set's name is a dollar sign
-}
-
-
-def render(figure: Figure) -> tuple[str, bytes]:
-    """The figure as SVG text and as PNG bytes."""
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=160)
-    return svg.getvalue(), png.getvalue()
 
 
 def owner_colours(runs: Sequence[Run]) -> np.ndarray:
@@ -85,20 +36,6 @@ def owner_colours(runs: Sequence[Run]) -> np.ndarray:
     position = np.cumsum(weight) - weight / 2
     span = position[-1] - position[0] or 1.0
     return OWNERS((position - position[0]) / span)
-
-
-def group_styles(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """Colour and dashes of each group's line; conventional training is grey."""
-    taken: dict[str, int] = {}
-    styles = []
-    others = iter(range(len(groups)))
-    for group in groups:
-        colour = CONVENTIONAL if group.runs[0].is_conventional else None
-        if colour is None or colour in taken:
-            colour = OTHERS[next(others) % len(OTHERS)]
-        taken[colour] = taken.get(colour, -1) + 1
-        styles.append({"color": colour, "linestyle": ("-", "--", ":")[min(taken[colour], 2)]})
-    return styles
 
 
 def draw_tying(run: Run, colours: np.ndarray) -> Figure:
@@ -171,67 +108,8 @@ def draw_independence(group: RunGroup) -> Figure:
     total.set(xlim=(0, 1.02), ylim=(num_layers - 0.5, -0.5), xlabel="whole run", yticks=[])
     total.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
     bare(total)
-    figure.colorbar(image, cax=legend, format=_percent, ticks=[0, 0.25, 0.5, 0.75, 1])
+    figure.colorbar(image, cax=legend, format=percent, ticks=[0, 0.25, 0.5, 0.75, 1])
     bare(legend)
-    return figure
-
-
-def draw_curves(
-    groups: Sequence[RunGroup], styles: Sequence[dict[str, Any]], key: str, axis_label: str
-) -> Figure:
-    """One metric over tokens, a line a group, a band of one standard deviation over seeds."""
-    num_columns = 2 if max(len(group.title) for group in groups) <= 24 else 1
-    num_rows = -(-len(groups) // num_columns) if len(groups) > 1 else 0
-    figure = Figure(figsize=(NARROW, 2.75 + 0.17 * num_rows), layout="constrained")
-    axes = figure.subplots()
-    lows, highs = [], []
-    for group, style in zip(groups, styles, strict=True):
-        tokens, mean, sd = curve(group, key)
-        marker = "o" if len(tokens) == 1 else None
-        axes.plot(tokens, mean, linewidth=1.7, label=group.title, marker=marker, **style)
-        if len(group.runs) > 1:
-            axes.fill_between(tokens, mean - sd, mean + sd, color=style["color"], alpha=0.2, lw=0)
-        lows.append(mean.min())
-        highs.append(mean.max())
-    _value_axis(axes, key, min(lows), max(highs))
-    axes.set(xlabel="tokens", ylabel=axis_label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(format_scaled(value))))
-    axes.grid(axis="y", linewidth=0.7)
-    axes.tick_params(length=0)
-    axes.spines.left.set_visible(False)
-    if len(groups) > 1:
-        figure.legend(loc="outside upper left", ncols=num_columns, handlelength=1.5, labelcolor=INK)
-    return figure
-
-
-def draw_memory(groups: Sequence[RunGroup]) -> Figure:
-    """Model state by component: for each group the mean, and below it, paler, the peak."""
-    figure = Figure(figsize=(WIDE, 0.9 + 0.62 * len(groups)), layout="constrained")
-    axes = figure.subplots()
-    for row, group in enumerate(groups):
-        mean, peak = _component_bytes(group)
-        for offset, height, alpha, parts, name in (
-            (-0.14, 0.34, 1.0, mean, "mean"), (0.22, 0.26, 0.5, peak, "peak"),
-        ):  # fmt: skip
-            starts = np.cumsum(parts) - parts
-            axes.barh(
-                row + offset, parts, left=starts, height=height, alpha=alpha,
-                color=list(COMPONENTS.values()),
-            )  # fmt: skip
-            axes.annotate(
-                f"{name} {format_bytes(parts.sum())}", (parts.sum(), row + offset), (5, 0),
-                textcoords="offset points", va="center_baseline", fontsize=8, color=MUTED,
-            )  # fmt: skip
-    axes.set_yticks(range(len(groups)), [group.title for group in groups], color=INK)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.margins(x=0.16)
-    axes.set(xlim=(0, None), xticks=[])
-    bare(axes)
-    figure.legend(
-        handles=[Patch(color=colour, label=f"{part}s") for part, colour in COMPONENTS.items()],
-        loc="outside upper left", ncols=3, handlelength=1, handleheight=1, labelcolor=INK,
-    )  # fmt: skip
     return figure
 
 
@@ -240,35 +118,12 @@ def _row_height(num_layers: int) -> float:
     return 0.25 if num_layers <= 16 else 0.115
 
 
-def layer_axis(axis: Any, num_layers: int) -> None:
-    """A tick for every layer, or for every fourth where there are many."""
-    axis.set_ticks(range(0, num_layers, 1 if num_layers <= 16 else 4))
-
-
-def bare(axes: Axes) -> None:
-    """No ticks and no frame: the picture's own edges are enough."""
-    axes.tick_params(which="both", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def _every(run: Run, step: int = 1) -> str:
     """How far apart decisions are, and which of them are drawn where not all are."""
     every = run.setting("every")
     parts = [f"one every {every:,} optimizer steps"] if isinstance(every, int) else []
     parts += [f"one in {step} shown"] if step > 1 else []
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _percent(value: float, _: object = None) -> str:
-    return f"{value:.0%}"
-
-
-def _tick(text: str) -> str:
-    """A formatted number without the zeros that a tick does not need."""
-    number, _, unit = text.partition(" ")
-    number = number.rstrip("0").rstrip(".") if "." in number else number
-    return f"{number} {unit}".rstrip()
 
 
 def _on(colour: np.ndarray) -> str:
@@ -330,34 +185,3 @@ def _independent(group: RunGroup) -> np.ndarray:
     num_decisions = min(len(run.states) for run in group.runs) - 1
     layers = np.arange(group.runs[0].num_layers)
     return np.mean([run.states[1 : num_decisions + 1] == layers for run in group.runs], axis=0).T
-
-
-def _value_axis(axes: Axes, key: str, low: float, high: float) -> None:
-    """From zero for counts; for perplexity logarithmic, and where it ends is what can be read."""
-    scaled = format_bytes if key.endswith("bytes") else format_number
-    if key.endswith("perplexity") and high > 3 * low > 0:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.1, min(high * 1.1, low * PERPLEXITY_RANGE))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-    elif key in ("independent_layers", "model_state_bytes"):
-        axes.set_ylim(0, high * 1.05)
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=key == "independent_layers"))
-    if key.endswith("accuracy"):
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(scaled(value))))
-
-
-def _component_bytes(group: RunGroup) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of parameters, gradients and moments, (3,) each: over all lines, and where most."""
-    means, peaks = [], []
-    for run in group.runs:
-        lines = np.stack([run.series(f"{part}_bytes") for part in COMPONENTS], axis=1)
-        lines = lines[np.isfinite(lines).all(axis=1)]
-        if len(lines):
-            means.append(lines.mean(axis=0))
-            peaks.append(lines[lines.sum(axis=1).argmax()])
-    if not means:
-        return np.zeros(len(COMPONENTS)), np.zeros(len(COMPONENTS))
-    return np.mean(means, axis=0), np.mean(peaks, axis=0)
