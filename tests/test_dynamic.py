@@ -10,7 +10,7 @@ import torch
 from tiny_models import Plain, gpt2, gpt_neo, loss_of
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.numerics
 class Script(RandomPolicy):
     """A policy that plays the actions it was given, and notes what it is told."""
 
-    def __init__(self, *actions: tuple[int, ...], learns: bool = True) -> None:
+    def __init__(self, *actions: tuple[int, ...], reward: str | None = "evaluation") -> None:
         super().__init__()
         self.actions = list(actions)
-        self.learns = learns
+        self.reward = reward
         self.told: list[tuple] = []
 
-    def act(self, state, rules):
+    def act(self, state):
         return self.actions.pop(0)
 
     def observe(self, state, action, reward, next_state):
@@ -45,7 +45,8 @@ def never() -> float:
 
 def make(model: nn.Module | None = None, **options) -> DynamicTying:
     model = model or Plain()
-    return DynamicTying(model, torch.optim.SGD(model.parameters(), lr=0.01), **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return DynamicTying(model, optimizer, **({"policy": "dqn"} | options))
 
 
 def test_it_decides_at_steps_0_k_and_2k():
@@ -53,7 +54,7 @@ def test_it_decides_at_steps_0_k_and_2k():
     due, decided = [], []
     for _ in range(8):
         due.append(tying.decision_is_due)
-        decided.append(tying.step(lambda: -1.0))
+        decided.append(tying.step(reward=lambda: -1.0))
     assert due == [decision is not None for decision in decided]
     assert [i for i, decision in enumerate(decided) if decision] == [0, 3, 6]
     assert [d.step for d in decided if d] == [1, 4, 7]  # optimizer steps that had been done
@@ -72,9 +73,9 @@ def test_a_decision_says_what_was_done():
         tying.layers.verify()
         return torch.tensor(-2.5)
 
-    decision = tying.step(reward)
+    decision = tying.step(reward=reward)
     after = Tying((0, 0, 0, 3, 3, 5))
-    assert decision == Decision(1, action, after.owners, -2.5, None, {"told": 1})
+    assert decision == Decision(1, action, after.owners, -2.5, None, None, {"told": 1})
     assert seen == [after] and tying.tying == after
     assert policy.told == [(Tying.all_tied(6), action, -2.5, after)]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -82,22 +83,22 @@ def test_a_decision_says_what_was_done():
 
 
 def test_no_reward_is_measured_for_a_policy_that_does_not_learn():
-    policy = Script((0, 1, 0, 1, 0, 1), learns=False)
-    decision = make(policy=policy).step(never)
+    policy = Script((0, 1, 0, 1, 0, 1), reward=None)
+    decision = make(policy=policy).step(reward=never)
     assert (decision.reward, decision.event) == (None, None)
     assert policy.told[0][2] is None
-    assert make(policy=RandomPolicy(), every=1).step(never).statistics == {}
+    assert make(policy=RandomPolicy(), every=1).step(reward=never).statistics == {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1e300])
 def test_a_reward_that_is_not_finite_is_an_event_and_nothing_is_learned(value):
     policy = Script((0,) * 6)
-    decision = make(policy=policy).step(lambda: value)
+    decision = make(policy=policy).step(reward=lambda: value)
     assert decision.reward is None
     assert decision.event == f"the reward was {value}: nothing learned"
     assert policy.told[0][2] is None
     agent = make(seed=1)
-    agent.step(lambda: value)
+    agent.step(reward=lambda: value)
     assert agent.policy.epsilon == 0.95
     assert all(torch.isfinite(p).all() for p in agent.policy.network.parameters())
 
@@ -127,7 +128,7 @@ def test_all_means_one_layer_of_each_kind():
     ("options", "message"),
     [
         ({"every": 0}, "every .* got 0"),
-        ({"initial": "some"}, "initial is .* got 'some'"),
+        ({"initial": "some"}, "unknown pattern 'some'"),
         ({"initial": Tying.all_tied(5)}, "5 layers does not fit a model of 6"),
         (
             {"initial": "none", "max_independent": 3},
@@ -136,22 +137,22 @@ def test_all_means_one_layer_of_each_kind():
         ({"max_independent": 0}, "budget of 0 .* too small"),
         ({"layers": "nowhere"}, "no module 'nowhere'"),
         ({"gradient": "mean"}, "gradient is"),
-        ({"policy": DQN(4)}, "4 layers.* 6"),
+        ({"policy": "best"}, "unknown policy 'best'; the known ones are dqn, bandit, random"),
     ],
 )
 def test_bad_input_is_one_clear_error(options, message):
     with pytest.raises(InputError, match=message) as error:
-        make(**options).step(lambda: 0.0)
+        make(**options).step(reward=lambda: 0.0)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("policy", [DQN, lambda num_layers: RandomPolicy()], ids=["dqn", "random"])
+@pytest.mark.parametrize("policy", ["dqn", "random"])
 def test_the_budget_is_never_exceeded(policy):
     rng = random.Random(0)
     model = Plain()
-    tying = make(model, every=1, max_independent=2, policy=policy(6))
+    tying = make(model, every=1, max_independent=2, policy=policy)
     for _ in range(200):
-        decision = tying.step(lambda: -rng.random())
+        decision = tying.step(reward=lambda: -rng.random())
         assert len(set(decision.state)) <= 2
         parameters = {id(p) for block in model.blocks for p in block.parameters()}
         assert len(parameters) == len(set(decision.state)) * len(list(model.blocks[0].parameters()))
@@ -163,7 +164,7 @@ def test_it_trains_torchs_own_transformer_encoder(gradient):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    tying = DynamicTying(model, optimizer, every=2, gradient=gradient)
+    tying = DynamicTying(model, optimizer, "dqn", every=2, gradient=gradient)
     x = torch.randn(4, 5, 8)
     losses = []
 
@@ -183,7 +184,7 @@ def test_it_trains_torchs_own_transformer_encoder(gradient):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(current.item())
-        tying.step(reward)
+        tying.step(reward=reward)
         tying.layers.verify()
     assert losses[-1] < 0.8 * losses[0]
 
@@ -191,7 +192,7 @@ def test_it_trains_torchs_own_transformer_encoder(gradient):
 class Run:
     """A training run that can be saved and gone on with: model, optimizer, tying."""
 
-    def __init__(self, make_model, gradient: str, seed: int) -> None:
+    def __init__(self, make_model, policy: str, seed: int, **options) -> None:
         torch.manual_seed(seed)
         self.model = make_model()
         parameters = list(self.model.parameters())
@@ -200,7 +201,9 @@ class Run:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2)
-        self.tying = DynamicTying(self.model, self.optimizer, every=2, seed=seed, gradient=gradient)
+        self.tying = DynamicTying(
+            self.model, self.optimizer, policy, 16, every=2, seed=seed, **options
+        )
 
     def train(self, first: int, last: int) -> list:
         history = []
@@ -210,7 +213,7 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             value = loss.item()
-            history.append((value, self.tying.step(lambda value=value: -value)))
+            history.append((value, self.tying.step(loss, lambda value=value: -value)))
         return history
 
     def save(self) -> io.BytesIO:
@@ -228,14 +231,21 @@ class Run:
         self.tying.layers.verify()
 
 
-@pytest.mark.parametrize("gradient", ["sum", "owner"])
+CASES = [
+    ("dqn", {"gradient": "sum"}),
+    ("dqn", {"gradient": "owner"}),
+    ("bandit", {"residual_outputs": ["feed_forward.1", "attention", "attn.c_proj", "mlp.c_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("policy", "options"), CASES)
 @pytest.mark.parametrize("make_model", [Plain, gpt2])
-def test_a_run_that_was_saved_goes_on_exactly(make_model, gradient):
-    left_alone = Run(make_model, gradient, seed=0)
+def test_a_run_that_was_saved_goes_on_exactly(make_model, policy, options):
+    left_alone = Run(make_model, policy, seed=0, **options)
     left_alone.train(0, 9)
     file = left_alone.save()
     expected = left_alone.train(9, 20)
-    resumed = Run(make_model, gradient, seed=1)
+    resumed = Run(make_model, policy, seed=1, **options)
     resumed.load(file)
     assert resumed.train(9, 20) == expected
     assert resumed.tying.tying == left_alone.tying.tying
@@ -256,23 +266,83 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert tying.state_dict() == before
 
 
-def test_layers_that_come_prepared_are_of_this_model_and_optimizer():
-    model, other = gpt2(4), gpt2(4)
-    optimizer = torch.optim.AdamW(model.parameters())
-    prepared = TiedLayers(model, optimizer)
-    assert DynamicTying(model, optimizer, layers=prepared).layers is prepared
-    with pytest.raises(InputError, match="of another model"):
-        DynamicTying(other, optimizer, layers=prepared)
-    for given, layers in ((optimizer, TiedLayers(other)), (None, prepared)):
-        with pytest.raises(InputError, match=r"prepared with [01] optimizer.* not the [01]"):
-            DynamicTying(layers.stack.model, given, layers=layers)
-    with pytest.raises(InputError, match=r"gradient='owner' comes too late: give it to TiedLayers"):
-        DynamicTying(model, optimizer, layers=prepared, gradient="owner")
+def test_prepared_layers_keep_their_tying():
+    model = gpt2(4)
+    layers = tie(model, "sequence", 2)
+    tying = DynamicTying.over(layers, DQN())
+    assert tying.layers is layers
+    assert tying.tying == Tying((0, 0, 2, 2))
 
 
 def test_a_policy_cannot_break_the_rules():
     tying = make(policy=Script((0, 1, 2, 3, 4, 5)), max_independent=3)
     with pytest.raises(InputError, match="over the budget of 3"):
-        tying.step(never)
+        tying.step(reward=never)
     assert tying.tying == Tying.all_tied(6)
     assert tying.rules == Rules((0,) * 6, 3)
+
+
+# What a policy brings by its name
+
+
+def weights_before(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_bandit_brings_start_scaling_rewards_and_settling():
+    torch.manual_seed(0)
+    model = gpt2(6)
+    before = weights_before(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tying = DynamicTying(model, optimizer, total_steps=40, every=2)
+    assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
+    for layer, num_uses in ((0, 1), (1, 4), (5, 1)):
+        name = f"transformer.h.{layer}.mlp.c_proj.weight"
+        torch.testing.assert_close(dict(model.named_parameters())[name], before[name] / num_uses)
+    decisions, losses = [], []
+    for step in range(40):
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if decision := tying.step(loss):
+            decisions.append(decision)
+        tying.layers.verify()
+    assert [d.step for d in decisions] == list(range(1, 21, 2)), "half of the run is settled"
+    expected = [-(losses[i] + losses[i + 1]) / 2 for i in range(1, 18, 2)]
+    assert [d.previous_reward for d in decisions[1:]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("initial", ["none", "keep", Tying((0, 1, 1, 1, 1, 5))])
+def test_weights_that_are_gone_on_with_are_not_divided(initial):
+    model = gpt2(6)
+    before = weights_before(model)
+    DynamicTying(model, None, total_steps=40, every=2, initial=initial)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_whose_residual_outputs_are_unknown_names_them():
+    model = Plain()
+    with pytest.raises(InputError, match="residual_outputs names the modules .* out of norm, att"):
+        DynamicTying(model, None, total_steps=100)
+    assert len({id(p) for p in model.blocks.parameters()}) == 6 * len(list(model.blocks[0].parameters()))
+    outputs = ["attention", "feed_forward.1"]
+    tying = DynamicTying(model, None, total_steps=100, residual_outputs=outputs)
+    assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
+
+
+def test_a_policy_that_learns_from_losses_asks_for_them():
+    tying = DynamicTying(gpt2(), None, total_steps=100)
+    with pytest.raises(InputError, match=r"Bandit learns from the training losses: call step\(loss\)"):
+        tying.step()
+
+
+def test_a_reward_that_never_comes_is_said():
+    tying = make(every=2)
+    tying.step()
+    tying.step()
+    with pytest.warns(UserWarning, match="none came for its last decision"):
+        tying.step()
+    assert tying.learn(-1.0) == (-1.0, None)
+    assert tying.learn(-1.0) == (None, None), "it is learned from once"

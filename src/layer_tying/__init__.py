@@ -3,49 +3,65 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from layer_tying.core.budget import max_independent
 from layer_tying.core.distributed import average_gradients
+from layer_tying.core.find import find_layers
 from layer_tying.core.patterns import pattern
-from layer_tying.core.residual_scale import damp_shared_layers
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.dynamic import Decision, DynamicTying
-from layer_tying.errors import InputError
+from layer_tying.errors import InputError, InvariantError
+from layer_tying.policies import POLICIES
 from layer_tying.policies.bandit import Bandit
 from layer_tying.policies.base import Policy
 from layer_tying.policies.dqn import DQN
-from layer_tying.policies.simple import RandomPolicy
+from layer_tying.policies.simple import RandomPolicy, Schedule
 
 if TYPE_CHECKING:
     from layer_tying.core.sharding import shard_tied_layers
+    from layer_tying.integrations.trainer import DynamicTyingCallback
+    from layer_tying.runs.config import TrainConfig
+    from layer_tying.runs.train import train
     from layer_tying.saving.export import export_compact, export_expanded, load
 
 __all__ = [
     "DQN",
+    "POLICIES",
     "Bandit",
     "Decision",
     "DynamicTying",
+    "DynamicTyingCallback",
     "InputError",
+    "InvariantError",
     "Policy",
     "RandomPolicy",
     "Rules",
+    "Schedule",
     "TiedLayers",
+    "TrainConfig",
     "Tying",
     "average_gradients",
-    "damp_shared_layers",
     "export_compact",
     "export_expanded",
+    "find_layers",
     "load",
+    "max_independent",
     "pattern",
     "shard_tied_layers",
+    "tie",
+    "train",
 ]
 
 
-# What needs transformers or FSDP, whose imports take seconds: only who uses it waits for it.
+# What needs transformers or FSDP, whose imports take seconds: they are imported when asked for.
 _HOME = {
+    "DynamicTyingCallback": "integrations.trainer",
+    "TrainConfig": "runs.config",
     "export_compact": "saving.export",
     "export_expanded": "saving.export",
     "load": "saving.export",
     "shard_tied_layers": "core.sharding",
+    "train": "runs.train",
 }
 
 

@@ -2,52 +2,50 @@
 
 ::
 
-    tying = DynamicTying(model, optimizer, every=50)
+    tying = DynamicTying(model, optimizer, total_steps=20_000)
     ...
-    tying.step(reward=lambda: -evaluate_loss(model))   # after optimizer.step()
+    tying.step(loss)   # after optimizer.step()
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layer_tying.core import distributed
 from layer_tying.core.find import LayerStack
-from layer_tying.core.tied_layers import Parameters, TiedLayers, listed
+from layer_tying.core.patterns import pattern
+from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
+from layer_tying.core.tied_layers import Options, TiedLayers
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.errors import InputError
-from layer_tying.policies.bandit import Bandit
+from layer_tying.policies import make_policy
 from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
-from layer_tying.policies.dqn import DQN
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
 
 
 class Layers(Protocol):
-    """The face of ``TiedLayers``, which its stand-ins in ablations have too."""
+    """The part of ``TiedLayers`` that a policy's decisions need; ablations have it too."""
 
     tying: Tying
     rules: Rules
     stack: LayerStack
-
-    @property
-    def optimizers(self) -> list[Optimizer]:
-        """Those that are kept in step."""
-        ...
-
-    def parameters(self, layer: int) -> Parameters:
-        """The parameters that a layer uses, by their names within the layer."""
-        ...
 
     def apply(self, tying: Tying) -> None:
         """Change to another tying."""
         ...
 
     def verify(self) -> None:
-        """Raise an AssertionError if the layers are not what their tying says."""
+        """Raise an InvariantError if the layers are not what their tying says."""
         ...
 
 
@@ -59,8 +57,10 @@ class Decision:
         step: how many optimizer steps had been done.
         action: for each layer, the layer it was told to use.
         state: the tying's owners after the decision.
-        reward: what followed, None where the policy does not learn or could not from this one
-            (infinite, not a number, or so large that its square is not finite).
+        reward: what followed, where it was measured at once; None where it is known only later,
+            where the policy does not learn, or could not from this one (infinite, not a number, or
+            so large that its square is not finite).
+        previous_reward: the reward of the decision before, where it is known only now.
         event: what went wrong, if anything did.
         statistics: what the policy says of the decision (epsilon, Q-values).
     """
@@ -69,6 +69,7 @@ class Decision:
     action: Action
     state: tuple[int, ...]
     reward: float | None
+    previous_reward: float | None
     event: str | None
     statistics: Mapping[str, Any]
 
@@ -79,75 +80,105 @@ class DynamicTying:
     Args:
         model: any transformer whose layers are one list of equal blocks.
         optimizer: the model's optimizer (or several); it is kept in step with the tying.
+        policy: who decides: a name of ``POLICIES``, or a policy object. ``"dqn"`` is the paper's
+            agent, with the paper's start.
+        total_steps: the length of the run in optimizer steps; for policies that settle.
         every: k, the number of optimizer steps from one decision to the next.
-        policy: who decides; the paper's agent by default.
-        initial: the tying to start from: ``"all"`` layers tied (the paper's start; the weights of
-            all layers but the first are dropped), ``"none"`` for a pretrained model that shall be
-            tied down, a ``Tying``, or ``"keep"`` for the tying the model comes with.
+        initial: the tying to start from; by default the policy chooses, and shared weights are
+            scaled as it wants them. The weights of all other layers are dropped. A ``Tying`` or a
+            pattern's name goes on from the weights there are: ``"none"`` for a pretrained model
+            that shall be tied down, ``"keep"`` for the tying the model comes with.
         max_independent: a hard limit on the number of independent layers.
-        seed: of the default policy.
-        layers: see ``TiedLayers``; or the layers themselves, prepared by one with this model and
-            optimizer: the options that follow are then given to it.
-        untied, gradient, moments, inherit, by_kind: see ``TiedLayers``.
+        seed: of a policy that is named.
+        options: those of ``TiedLayers``.
 
     Raises:
-        InputError: if the layers cannot be found, or an option does not fit.
+        InputError: if the layers cannot be found, or an option does not fit; then nothing has
+            changed.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None,
+        policy: str | Policy = "bandit",
+        total_steps: int | None = None,
         *,
         every: int = 50,
-        policy: Policy | None = None,
-        initial: Literal["all", "none", "keep"] | Tying = "all",
+        initial: str | Tying | None = None,
         max_independent: int | None = None,
         seed: int = 0,
-        layers: str | Sequence[str] | Layers | None = None,
-        untied: Sequence[str] = (),
-        gradient: Literal["sum", "owner"] = "sum",
-        moments: Literal["copy", "fresh"] = "copy",
-        inherit: Literal["first", "majority"] = "first",
-        by_kind: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         distributed.refuse_sharded(model.parameters())
+        policy = make_policy(policy, seed=seed) if isinstance(policy, str) else policy
+        options.setdefault("inherit", policy.inherit)
+        layers = TiedLayers(model, optimizer, **options)
+        outputs = options.get("residual_outputs")
+        self._begin(layers, policy, total_steps, every, initial, max_independent, outputs)
+
+    @classmethod
+    def over(
+        cls,
+        layers: Layers,
+        policy: Policy,
+        total_steps: int | None = None,
+        *,
+        every: int = 50,
+        max_independent: int | None = None,
+    ) -> DynamicTying:
+        """Let a policy decide over layers that are prepared already, from the tying they have."""
+        self = cls.__new__(cls)
+        self._begin(layers, policy, total_steps, every, "keep", max_independent, None)
+        return self
+
+    def _begin(
+        self,
+        layers: Layers,
+        policy: Policy,
+        total_steps: int | None,
+        every: int,
+        initial: str | Tying | None,
+        max_independent: int | None,
+        residual_outputs: Sequence[str] | None,
+    ) -> None:
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
-        options = {"untied": untied, "gradient": gradient, "moments": moments}
-        options |= {"inherit": inherit, "by_kind": by_kind}
-        if layers is None or isinstance(layers, (str, Sequence)):
-            layers = TiedLayers(model, optimizer, layers=layers, **options)  # type: ignore[arg-type]
-        else:
-            _check_prepared(layers, model, optimizer, options)
         self.layers: Layers = layers
-        kinds = self.layers.rules.kinds
-        self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
-        self.policy = DQN(len(kinds), seed=seed) if policy is None else policy
-        if isinstance(policy, (DQN, Bandit)) and policy.num_layers != len(kinds):
-            raise InputError(
-                f"the agent was made for {policy.num_layers} layers, this model has "
-                f"{len(kinds)}: make it with {type(policy).__name__}({len(kinds)}, ...)"
-            )
+        self.policy = policy
         self.every = every
         self.num_steps = 0
+        self._settled_after = math.inf
+        num_decisions = None
+        if total_steps is not None:
+            self._settled_after = math.ceil((1 - policy.settles) * total_steps)
+            num_decisions = math.ceil(self._settled_after / every)
+        kinds = layers.rules.kinds
+        self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
-        start = self._initial(initial)
+        self._losses: list[Tensor] = []  # of the steps since the last decision
+        start = self._start(initial)
         self.rules.check(start)
-        if isinstance(self.policy, Bandit):
-            self.policy.check_start(start, self.rules)
-        self.layers.apply(start)
+        policy.reset(start, self.rules, num_decisions)
+        divides = initial is None and policy.divides_initial_weights
+        outputs: Sequence[str] = ()
+        if divides:
+            outputs = residual_outputs or _known_residual_outputs(layers.stack.model)
+            residual_modules(layers.stack, outputs)  # raises before anything has changed
+        layers.apply(start)
+        if divides:
+            divide_initial_weights(layers.stack, start, outputs)
 
-    def _initial(self, initial: str | Tying) -> Tying:
+    def _start(self, initial: str | Tying | None) -> Tying:
+        if initial is None:
+            return self.policy.start(self.rules)
         if isinstance(initial, Tying):
             return initial
-        if initial == "all":
-            return self.rules.tightest
-        if initial == "none":
-            return Tying.independent(self.layers.tying.num_layers)
         if initial == "keep":
             return self.layers.tying
-        raise InputError(f"initial is 'all', 'none', 'keep' or a Tying, got {initial!r}")
+        if initial == "all":
+            return self.rules.tightest
+        return pattern(initial, self.layers.tying.num_layers)
 
     @property
     def tying(self) -> Tying:
@@ -157,47 +188,82 @@ class DynamicTying:
     @property
     def decision_is_due(self) -> bool:
         """Whether the next call of ``step`` decides."""
-        return self.num_steps % self.every == 0
+        return self.num_steps < self._settled_after and self.num_steps % self.every == 0
 
-    def step(self, reward: Callable[[], float] | None) -> Decision | None:
+    def step(
+        self, loss: Tensor | float | None = None, reward: Callable[[], float] | None = None
+    ) -> Decision | None:
         """Count an optimizer step; on the first and every k-th after it, decide.
 
-        The layers are re-tied, the reward of the new tying is measured and the policy learns from
-        it (Algorithm 1, lines 7-27). Call it after ``optimizer.step()``, gradients cleared.
+        The policy learns from what followed the last decision and the layers are re-tied
+        (Algorithm 1, lines 7-27). Call it after ``optimizer.step()``, gradients cleared.
 
-        With several processes, rank 0's action is everyone's and the reward is their mean.
+        With several processes, rank 0's action is everyone's and rewards are means over them.
 
         Args:
-            reward: measures how well the model does now, the higher the better. The paper's is
-                minus the perplexity of one training batch, in eval mode and without gradients.
-                None where it is known only later: then give it to ``learn``.
+            loss: the training loss of this step, for a policy that learns from training losses. It
+                is detached, and not read before the next decision.
+            reward: for a policy that learns from evaluations: measures how well the model does now,
+                the higher the better. The paper's is minus the perplexity of one training batch,
+                in eval mode and without gradients. Leave it out where it is known only later, and
+                give it to ``learn``.
 
         Returns:
             The decision, or None at a step without one.
 
         Raises:
-            InputError: if the weights of several processes have drifted apart: the gradients of a
-                layer that became independent were not averaged.
+            InputError: if the policy needs a loss and there is none, or if the weights of several
+                processes have drifted apart: the gradients of a layer that became independent were
+                not averaged.
         """
-        step, self.num_steps = self.num_steps, self.num_steps + 1
-        if step % self.every:
+        is_due = self.decision_is_due
+        self.num_steps += 1
+        if self.num_steps > self._settled_after:
+            self._losses.clear()
             return None
+        if self.policy.reward == "training_loss":
+            self._losses.append(_detached(loss, self.policy))
+        return self._decide(reward) if is_due else None
+
+    def _decide(self, reward: Callable[[], float] | None) -> Decision:
         distributed.check_in_sync(dict(self.layers.stack.model.named_parameters()))
+        previous_reward, event = self._learn_from_the_last()
         state = self.tying
-        action = distributed.from_rank_0(self.policy.act(state, self.rules))
+        action = distributed.from_rank_0(self.policy.act(state))
         next_state = Tying.from_action(action)
         self.rules.check(next_state)
         self.layers.apply(next_state)
-        self.learn(None)  # where the last decision still waits for its reward, it never came
         self._waiting = state, action, next_state
-        measured, event = None, None
-        if not self.policy.learns:
+        measured = None
+        if self.policy.reward is None:
             self.learn(None)
-        elif reward is not None:
+        elif self.policy.reward == "evaluation" and reward is not None:
             measured, event = self.learn(reward())
         return Decision(
-            self.num_steps, action, next_state.owners, measured, event, self.policy.statistics()
+            step=self.num_steps,
+            action=action,
+            state=next_state.owners,
+            reward=measured,
+            previous_reward=previous_reward,
+            event=event,
+            statistics=self.policy.statistics(),
         )
+
+    def _learn_from_the_last(self) -> tuple[float | None, str | None]:
+        """Learn from the last decision, if it still waits for its reward."""
+        if self.policy.reward == "training_loss":
+            device = self._losses[-1].device  # those of a resumed run lie on the CPU
+            mean = torch.stack([loss.to(device) for loss in self._losses]).mean()
+            self._losses.clear()
+            return self.learn(-float(mean))
+        if self._waiting:
+            warnings.warn(
+                "the policy learns from evaluations, and none came for its last decision: pass "
+                "reward=... to step, or call learn(...) before the next one",
+                stacklevel=4,
+            )
+            self.learn(None)
+        return None, None
 
     def learn(self, reward: float | None) -> tuple[float | None, str | None]:
         """Let the policy learn from the reward of the last decision, if that waits for it.
@@ -223,11 +289,15 @@ class DynamicTying:
         return measured, event
 
     def state_dict(self) -> dict[str, Any]:
-        """The pattern, the step and the policy's state: tensors and JSON-able values."""
+        """The pattern, the step and the policy's state: tensors and JSON-able values.
+
+        With several processes it is collective: call it on all of them.
+        """
         return {
             "owners": list(self.tying.owners),
             "num_steps": self.num_steps,
             "waiting": self._waiting and [list(self._waiting[1]), list(self._waiting[0].owners)],
+            "losses": [distributed.mean(float(loss)) for loss in self._losses],
             "policy_class": type(self.policy).__name__,
             "policy": self.policy.state_dict(),
         }
@@ -253,27 +323,22 @@ class DynamicTying:
         if state["waiting"]:
             action, before = state["waiting"]
             self._waiting = Tying(tuple(before)), tuple(action), Tying.from_action(action)
+        self._losses = [torch.tensor(loss) for loss in state["losses"]]
         self.policy.load_state_dict(state["policy"])
 
 
-def _check_prepared(
-    layers: Layers,
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
-    options: Mapping[str, object],
-) -> None:
-    """Layers that come prepared are of this model and optimizer, and have their options already."""
-    if layers.stack.model is not model:
-        raise InputError("the layers are of another model: prepare them with this one")
-    optimizers = listed(optimizer)
-    if [id(each) for each in optimizers] != [id(each) for each in layers.optimizers]:
+def _detached(loss: Tensor | float | None, policy: Policy) -> Tensor:
+    if loss is None:
         raise InputError(
-            f"the layers were prepared with {len(layers.optimizers)} optimizer(s), and they are "
-            f"not the {len(optimizers)} given here: TiedLayers(model, optimizer) keeps its "
-            f"parameters in step"
+            f"the policy {type(policy).__name__} learns from the training losses: "
+            f"call step(loss) with the loss of each step"
         )
-    usual: dict[str, object] = {"untied": (), "gradient": "sum", "moments": "copy"}
-    usual |= {"inherit": "first", "by_kind": False}
-    for name, value in options.items():
-        if value != usual[name]:
-            raise InputError(f"{name}={value!r} comes too late: give it to TiedLayers")
+    return loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+
+
+def _known_residual_outputs(model: nn.Module) -> Sequence[str]:
+    """The modules that write to the residual stream, of a model of transformers that we know."""
+    from layer_tying.models.build import OUTPUT_PROJECTIONS
+
+    config = getattr(model, "config", None)  # of a model of transformers
+    return OUTPUT_PROJECTIONS.get(getattr(config, "model_type", ""), ())

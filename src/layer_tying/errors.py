@@ -1,4 +1,4 @@
-"""The one kind of error that a caller can mend: wrong input."""
+"""The two kinds of error that this library raises itself."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command prints it in one line and exits with code 2; it never ends in a traceback.
     """
+
+
+class InvariantError(RuntimeError):
+    """State and storage disagree: the layers, or an optimizer, are not what their tying says."""

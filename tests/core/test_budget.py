@@ -100,17 +100,17 @@ def test_fewer_layers_than_kinds_cannot_be():
 class Greedy(DQN):
     """An agent that finds every layer of its own worth the most."""
 
-    def act(self, state, rules):
+    def act(self, state):
         with torch.no_grad():
             for parameter in self.network.parameters():
                 parameter.zero_()
             rows, columns = torch.tril_indices(6, 6)
             self.network.body[-1].bias.copy_((rows == columns).float())
         self.epsilon = 0.0
-        return super().act(state, rules)
+        return super().act(state)
 
 
-@pytest.mark.parametrize("make_policy", [Greedy, DQN, lambda _: RandomPolicy(0)])
+@pytest.mark.parametrize("make_policy", [Greedy, DQN, RandomPolicy])
 @pytest.mark.parametrize("most", [1, 3])
 def test_the_file_is_within_the_bytes_at_every_decision(make_policy, most, tmp_path):
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_the_file_is_within_the_bytes_at_every_decision(make_policy, most, tmp_p
     limit = compact_bytes(trial, tmp_path, torch.bfloat16) + SLACK * len(model.state_dict())
     number = max_independent(stack, num_bytes=limit, dtype=torch.bfloat16)
     assert number == most
-    tying = DynamicTying(model, optimizer, every=1, policy=make_policy(6), max_independent=number)
+    tying = DynamicTying(model, optimizer, every=1, policy=make_policy(), max_independent=number)
     seen = set()
     for step in range(25):
         if step % 5 == 0:
@@ -138,7 +138,7 @@ def test_the_file_is_within_the_bytes_at_every_decision(make_policy, most, tmp_p
 
 def test_a_policy_that_does_not_obey_is_stopped():
     class Disobedient(RandomPolicy):
-        def act(self, state, rules):
+        def act(self, state):
             return tuple(range(state.num_layers))
 
     model = gpt2()
@@ -148,7 +148,7 @@ def test_a_policy_that_does_not_obey_is_stopped():
         tying.step(reward=lambda: 0.0)
     assert tying.tying == Tying.all_tied(6)
     with pytest.raises(InputError, match="over the budget of 2"):
-        DynamicTying(gpt2(), None, max_independent=2, initial="none")
+        DynamicTying(gpt2(), None, "dqn", max_independent=2, initial="none")
 
 
 # A whole run

@@ -117,7 +117,7 @@ def a_users_loop(averages: bool, steps: int) -> tuple[list[int], list[list[float
     torch.manual_seed(0)
     model = Plain()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    tying = DynamicTying(model, optimizer, every=2, seed=rank)
+    tying = DynamicTying(model, optimizer, "dqn", every=2, seed=rank)
     seen = []
     for step in range(steps):
         loss_of(model, seed=10 * step + rank).backward()
@@ -125,7 +125,7 @@ def a_users_loop(averages: bool, steps: int) -> tuple[list[int], list[list[float
             distributed.average_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        if decision := tying.step(lambda: float(rank)):
+        if decision := tying.step(reward=lambda: float(rank)):
             assert decision.reward == 0.5, "the mean of the ranks' rewards"
             seen.append(decision.state)
     return seen, [p.flatten().tolist() for p in model.parameters()]
@@ -152,7 +152,7 @@ def wrapped_in_ddp() -> tuple[str, str]:
     model = Plain()
     wrapped = DistributedDataParallel(model)
     with pytest.raises(InputError) as refused:
-        DynamicTying(wrapped, None)
+        DynamicTying(wrapped, None, "dqn")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tying = DynamicTying(model, optimizer, every=1, policy=RandomPolicy(0), initial="none")
     with pytest.raises((InputError, RuntimeError)) as found_out:
@@ -163,7 +163,7 @@ def wrapped_in_ddp() -> tuple[str, str]:
             wrapped(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            tying.step(lambda: 0.0)
+            tying.step(reward=lambda: 0.0)
     return str(refused.value), str(found_out.value)
 
 

@@ -150,7 +150,7 @@ def many_transitions(number: int) -> list[tuple[int, int, int]]:
             layers.apply(Tying((0, 0, 2, 2, 0, 0)))
             counts.append(count_tensors(optimizer))
         before = tying.tying
-        tying.step(lambda: 0.0)
+        tying.step(reward=lambda: 0.0)
         changes += tying.tying != before
     layers.verify()
     assert changes > 0.9 * number

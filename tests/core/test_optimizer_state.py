@@ -90,7 +90,7 @@ def test_fresh_moments_are_for_the_newly_independent_only():
     """0 0 2 2 -> 0 1 1 3: 1 splits from 0, 2 goes to 1, 3 takes over 2's storage."""
     model = Plain(4)
     optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer, moments="fresh")
+    layers = TiedLayers(model, optimizer, optimizer_state="fresh")
     layers.apply(Tying((0, 0, 2, 2)))
     train_step(model, optimizer)
     weights = [p.detach().clone() for p in model.blocks[3].parameters()]

@@ -390,7 +390,7 @@ def test_a_pretrained_model_is_tied_down_to_its_owners_weights(initial):
     torch.manual_seed(0)
     model = gpt2()
     was = [p.detach().clone() for p in TiedLayers(model).parameters(2).values()]
-    tying = DynamicTying(model, None, initial=initial)
+    tying = DynamicTying(model, None, "dqn", initial=initial)
     owner = tying.tying.owners[2]
     now = list(TiedLayers(model).parameters(3).values())
     assert all(torch.equal(p, q) for p, q in zip(now, was, strict=True)) == (owner == 2)

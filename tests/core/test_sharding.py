@@ -80,17 +80,17 @@ def refusals() -> list[str]:
     optimizer = torch.optim.AdamW(model.parameters())
     plain = Plain()
     before = TiedLayers(plain, torch.optim.AdamW(plain.parameters()))
-    late = DynamicTying(plain, None)
+    late = DynamicTying(plain, None, "dqn")
     late_layers = late.layers
     assert isinstance(late_layers, TiedLayers)
     shard_tied_layers(late_layers)
     loss_of(plain)
     attempts = [
         lambda: layers.apply(Tying(TYINGS[0])),
-        lambda: DynamicTying(model, optimizer),
+        lambda: DynamicTying(model, optimizer, "dqn"),
         lambda: shard_tied_layers(layers),
         lambda: shard_tied_layers(before),
-        lambda: late.step(lambda: 0.0),
+        lambda: late.step(reward=lambda: 0.0),
     ]
     said = []
     for attempt in attempts:

@@ -78,7 +78,7 @@ def test_memory_never_rises_above_the_larger_of_before_and_after(moments):
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     model = Plain()
     optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer, moments=moments)
+    layers = TiedLayers(model, optimizer, optimizer_state=moments)
     sizes = set()
     for _ in range(150):
         fake_step(optimizer, generator)

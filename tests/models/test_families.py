@@ -311,7 +311,7 @@ def test_blocks_that_differ_are_refused_or_tied_within_their_kind(name):
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with pytest.raises(InputError, match=says) as caught:
-        DynamicTying(model, optimizer)
+        DynamicTying(model, optimizer, "dqn")
     assert "by_kind=True" in str(caught.value) and "\n" not in str(caught.value)
     tying = DynamicTying(model, optimizer, every=1, policy=RandomPolicy(0), by_kind=True)
     assert tying.tying.owners == kinds, "one independent layer of each kind"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ready_policies import ready
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
 from tiny_models import gpt2
 
@@ -58,18 +59,18 @@ def test_the_filter_is_conditioning_a_joint_gaussian_on_all_rewards():
         design @ design.T, rewards - expected
     )
 
-    policy = Bandit(num_layers, num_decisions=99)
+    policy = ready(Bandit(), num_layers, num_decisions=99)
     for tying, reward in zip(tyings, rewards, strict=True):
         policy.observe(tying, tying.owners, reward, tying)
     assert policy.worth()[1:] == pytest.approx(posterior, abs=1e-5)
 
 
-def play(policy: Bandit, worth: np.ndarray, start: Tying, rules: Rules, seed: int) -> list[Tying]:
+def play(policy: Bandit, worth: np.ndarray, start: Tying, seed: int) -> list[Tying]:
     """A model in training whose loss falls, with noise, and by what its tying is worth."""
     rng = np.random.default_rng(seed)
     state, states = start, []
     for t in range(policy.num_decisions + 3):
-        after = Tying.from_action(policy.act(state, rules))
+        after = Tying.from_action(policy.act(state))
         merit = sum(worth[i] for i in after.independent_layers)
         reward = -2 - 4 / (1 + t / 10) + merit + rng.normal(0, bandit.NOISE)
         policy.observe(state, after.owners, reward, after)
@@ -81,9 +82,9 @@ def play(policy: Bandit, worth: np.ndarray, start: Tying, rules: Rules, seed: in
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_the_layers_that_are_worth_it(seed):
     worth = np.array([0, 0.5, 0, 0.1, 0.25, 0.1, 0, 0.2, 0.4, 0.3, 0.1, 0])
-    policy = Bandit(12, num_decisions=80, seed=seed)
-    rules = Rules((0,) * 12, 4)
-    states = play(policy, worth, pattern("sandwich", 12, 4), rules, seed)
+    start = pattern("sandwich", 12, 4)
+    policy = ready(Bandit(seed=seed), Rules((0,) * 12, 4), start, num_decisions=80)
+    states = play(policy, worth, start, seed)
     assert states[-1].independent_layers == (0, 1, 4, 8)
     assert len({state.owners for state in states[-4:]}) == 1  # it is kept
 
@@ -94,8 +95,9 @@ def test_a_price_decides_how_many_there_are(seed):
     worth[[1, 5, 9]] = 0.5, 0.2, 0.2
     sizes = []
     for price in (0.1, 0.35, 0.8):
-        policy = Bandit(12, num_decisions=110, price=price, seed=seed)
-        states = play(policy, worth, pattern("sandwich", 12), Rules.free(12), seed)
+        start = pattern("sandwich", 12)
+        policy = ready(Bandit(price=price, seed=seed), 12, start, num_decisions=110)
+        states = play(policy, worth, start, seed)
         sizes.append(states[-1].independent_layers)
     assert sizes == [(0, 1, 5, 9), (0, 1), (0,)]
 
@@ -107,10 +109,10 @@ def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, b
     budget = min(budget, num_layers)
     rules = Rules((0,) * num_layers, budget)
     price = rng.choice([None, 0.0])
-    policy = Bandit(num_layers, num_decisions=12, price=price, seed=seed)
     state = pattern("sandwich", num_layers, budget)
+    policy = ready(Bandit(price=price, seed=seed), rules, state, num_decisions=12)
     for decision in range(1, 16):
-        after = Tying.from_action(policy.act(state, rules))
+        after = Tying.from_action(policy.act(state))
         rules.check(after)
         one, other = set(state.independent_layers), set(after.independent_layers)
         if decision != 12:  # the last one goes to what is best
@@ -124,16 +126,16 @@ def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, b
 
 def test_layers_of_two_kinds_are_never_tied():
     rules = Rules((0, 1, 0, 1, 0, 1), 6)
-    policy = Bandit(6, num_decisions=30, price=0.0)
+    policy = ready(Bandit(price=0.0), rules, rules.tightest, num_decisions=30)
     state = rules.tightest
     for t in range(30):
-        state = Tying.from_action(policy.act(state, rules))
+        state = Tying.from_action(policy.act(state))
         rules.check(state)
         policy.observe(state, state.owners, -float(t), state)
 
 
 def test_no_reward_teaches_nothing():
-    policy = Bandit(4, num_decisions=9)
+    policy = ready(Bandit(), 4, num_decisions=9)
     state = Tying.all_tied(4)
     before = policy.worth()
     for reward in (None, float("nan"), float("inf"), 1e300):
@@ -145,19 +147,19 @@ def test_it_goes_on_from_its_saved_state():
     def trace(policy: Bandit, state: Tying, start: int) -> list[Tying]:
         states = []
         for t in range(start, 12):
-            state = Tying.from_action(policy.act(state, Rules.free(8)))
+            state = Tying.from_action(policy.act(state))
             policy.observe(state, state.owners, -5.0 + 0.1 * (t % 3), state)
             states.append(state)
         return states
 
-    one = Bandit(8, num_decisions=10, price=0.0, seed=3)
+    one = ready(Bandit(price=0.0, seed=3), 8, Tying.all_tied(8), num_decisions=10)
     whole = trace(one, Tying.all_tied(8), 0)
-    two = Bandit(8, num_decisions=10, price=0.0, seed=3)
+    two = ready(Bandit(price=0.0, seed=3), 8, Tying.all_tied(8), num_decisions=10)
     state = Tying.all_tied(8)
     for t in range(5):
-        state = Tying.from_action(two.act(state, Rules.free(8)))
+        state = Tying.from_action(two.act(state))
         two.observe(state, state.owners, -5.0 + 0.1 * (t % 3), state)
-    three = Bandit(8, num_decisions=10, price=0.0, seed=99)
+    three = ready(Bandit(price=0.0, seed=99), 8, Tying.all_tied(8), num_decisions=10)
     three.load_state_dict(json.loads(json.dumps(two.state_dict())))
     assert trace(three, state, 5) == whole[5:]
 
@@ -187,7 +189,7 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
     assert [line["step"] for line in lines] == [0, *range(1, 16, 2)]  # of 24: the last 40 % without
     assert len({tuple(line["state"]) for line in lines}) > 1
     assert all(len(set(line["state"])) <= 3 for line in lines)
-    rewards = [line["previous_reward"] for line in lines[1:]]
+    rewards = [line.get("previous_reward") for line in lines[1:]]
     losses = [line["loss"] for line in lines_of(configs[0].folder / "metrics.jsonl")]
     assert rewards[0] is None  # no decision was made before
     assert rewards[1:] == pytest.approx(
@@ -201,9 +203,8 @@ def test_a_loss_that_is_not_finite_is_an_event(tmp_path, monkeypatch):
     nan = torch.tensor(float("nan"))
 
     def diverge(self):
-        run(self)
-        self.undecided[-1] = nan if self.step > 8 else self.undecided[-1]
-        return self.undecided[-1]
+        self.last_loss = run(self) if self.step < 8 else run(self) * nan
+        return self.last_loss
 
     monkeypatch.setattr(Training, "train_step", diverge)
     config = small(tmp_path, policy="bandit", nlayers=6, settle=0.4, every=2)
@@ -232,8 +233,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
 def test_a_start_that_it_can_do_nothing_with_is_refused(start, price, said):
     model = gpt2(4)
     with pytest.raises(InputError, match=said):
-        policy = Bandit(4, num_decisions=5, price=price)
-        DynamicTying(model, None, policy=policy, initial=start)
+        DynamicTying(model, None, Bandit(price=price), 10, every=1, initial=start)
     assert len({id(p) for p in model.parameters()}) == len(list(gpt2(4).parameters()))
 
 
@@ -241,14 +241,26 @@ def test_a_start_that_it_can_do_nothing_with_is_refused(start, price, said):
     ("start", "price", "most"), [("aaaa", 0.1, 4), ("aaaa", None, 1), ("abcd", None, 4)]
 )
 def test_a_start_with_a_price_or_with_all_that_the_budget_allows_will_do(start, price, most):
-    policy = Bandit(4, num_decisions=5, price=price)
     initial = Tying.from_labels(start)
-    tying = DynamicTying(gpt2(4), None, policy=policy, initial=initial, max_independent=most)
+    policy = Bandit(price=price)
+    tying = DynamicTying(gpt2(4), None, policy, 10, every=1, initial=initial, max_independent=most)
     assert tying.tying == initial
 
 
-def test_an_agent_of_another_number_of_layers_is_refused():
-    policy = Bandit(6, num_decisions=5)
-    model = gpt2(4)
-    with pytest.raises(InputError, match=r"made for 6 layers, this model has 4: .*Bandit\(4"):
-        DynamicTying(model, None, policy=policy)
+def test_it_asks_for_the_length_of_the_run():
+    with pytest.raises(InputError, match=r"DynamicTying\(\.\.\., total_steps=\.\.\.\)"):
+        DynamicTying(gpt2(4), None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "owners"),
+    [
+        (Rules.free(12), (0, *[1] * 10, 11)),
+        (Rules.free(24), pattern("sandwich", 24, 6).owners),
+        (Rules((0,) * 12, 2), (0, *[1] * 11)),
+        (Rules((0, 1) * 3, 6), (0, 1, 2, 1, 2, 5)),
+        (Rules((0, 1) * 3, 2), (0, 1) * 3),
+    ],
+)
+def test_its_start_is_a_quarter_of_the_layers_or_what_the_rules_allow(rules, owners):
+    assert Bandit().start(rules).owners == owners

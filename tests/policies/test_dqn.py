@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from ready_policies import dqn, ready
 
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.policies.base import Policy
@@ -25,7 +26,7 @@ STATES = [Tying((0, 0, 0, 0)), Tying((0, 1, 0, 1)), Tying((0, 1, 2, 0)), Tying((
 def learn_a_little(agent: DQN, num_decisions: int = 5) -> list[tuple[int, ...]]:
     state, actions = STATES[0], []
     for step in range(num_decisions):
-        actions.append(agent.act(state, Rules.free(4)))
+        actions.append(agent.act(state))
         next_state = Tying.from_action(actions[-1])
         agent.observe(state, actions[-1], -1.0 / (step + 1), next_state)
         state = next_state
@@ -78,9 +79,9 @@ def test_its_output_by_hand():
 
 
 def test_epsilon_starts_at_one_decays_and_keeps_a_floor():
-    agent, seen = DQN(4), []
+    agent, seen = dqn(4), []
     for _ in range(60):
-        action = agent.act(STATES[0], Rules.free(4))
+        action = agent.act(STATES[0])
         seen.append(agent.statistics()["epsilon"])
         agent.observe(STATES[0], action, None, Tying.from_action(action))
     assert seen == pytest.approx([max(0.95**n, 0.1) for n in range(60)])
@@ -88,8 +89,8 @@ def test_epsilon_starts_at_one_decays_and_keeps_a_floor():
 
 
 def test_with_epsilon_one_every_layer_explores_uniformly():
-    agent = DQN(4)
-    actions = [agent.act(STATES[1], Rules.free(4)) for _ in range(3000)]
+    agent = dqn(4)
+    actions = [agent.act(STATES[1]) for _ in range(3000)]
     for layer in range(4):
         counts = Counter(action[layer] for action in actions)
         assert set(counts) == set(range(layer + 1))
@@ -97,33 +98,34 @@ def test_with_epsilon_one_every_layer_explores_uniformly():
 
 
 def test_without_epsilon_every_layer_takes_its_most_valuable_choice():
-    agent = DQN(4, epsilon=0.0)
+    agent = dqn(4, epsilon=0.0)
     for state in STATES:
         q = agent.network(state)
-        assert agent.act(state, Rules.free(4)) == tuple(q.argmax(dim=1).tolist())
+        assert agent.act(state) == tuple(q.argmax(dim=1).tolist())
         kinds = Rules((0, 1, 0, 1), 4)
         allowed = [max(kinds.choices(i), key=lambda j, i=i: q[i, j]) for i in range(4)]
-        assert agent.act(state, kinds) == tuple(allowed)
+        assert dqn(kinds, epsilon=0.0).act(state) == tuple(allowed)
 
 
 def test_epsilon_is_the_share_of_layers_that_explore():
-    agent = DQN(4, epsilon=0.4)
-    greedy = DQN(4, epsilon=0.0).act(STATES[2], Rules.free(4))
-    actions = [agent.act(STATES[2], Rules.free(4)) for _ in range(4000)]
+    agent = dqn(4, epsilon=0.4)
+    greedy = dqn(4, epsilon=0.0).act(STATES[2])
+    actions = [agent.act(STATES[2]) for _ in range(4000)]
     for layer in range(1, 4):
         off = sum(action[layer] != greedy[layer] for action in actions) / len(actions)
         assert off == pytest.approx(0.4 * layer / (layer + 1), abs=0.04)
 
 
 def test_the_budget_is_kept_while_exploring():
-    agent, rules = DQN(8), Rules((0, 1) * 4, 3)
+    rules = Rules((0, 1) * 4, 3)
+    agent = dqn(rules)
     for _ in range(200):
-        rules.check(Tying.from_action(agent.act(Tying.all_tied(8), rules)))
+        rules.check(Tying.from_action(agent.act(Tying.all_tied(8))))
 
 
 def test_statistics_are_the_rows_of_q_and_can_be_logged():
-    agent = DQN(4)
-    agent.act(STATES[1], Rules.free(4))
+    agent = dqn(4)
+    agent.act(STATES[1])
     logged = json.loads(json.dumps(agent.statistics()))
     assert [len(row) for row in logged["q"]] == [1, 2, 3, 4]
     q = agent.network(STATES[1])
@@ -138,14 +140,14 @@ def test_it_has_its_own_random_numbers(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", forbidden)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    one = learn_a_little(DQN(4, seed=1))
+    one = learn_a_little(dqn(4, seed=1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
     assert random.getstate() == before[2]
     torch.rand(3)
-    assert one == learn_a_little(DQN(4, seed=1))
-    assert one != learn_a_little(DQN(4, seed=2))
-    weights = [next(DQN(4, seed=seed).network.parameters()) for seed in (1, 1, 2)]
+    assert one == learn_a_little(dqn(4, seed=1))
+    assert one != learn_a_little(dqn(4, seed=2))
+    weights = [next(dqn(4, seed=seed).network.parameters()) for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -153,12 +155,12 @@ def test_it_has_its_own_random_numbers(monkeypatch):
 def test_it_stays_on_the_cpu_in_single_precision():
     """Whatever scripts set as torch's defaults for their models."""
     with torch.device("meta"):
-        expected = learn_a_little(DQN(4))
+        expected = learn_a_little(dqn(4))
     with torch.autocast("cpu", torch.bfloat16):
-        assert learn_a_little(DQN(4)) == expected
+        assert learn_a_little(dqn(4)) == expected
     torch.set_default_dtype(torch.float64)
     try:
-        assert learn_a_little(DQN(4)) == expected == learn_a_little(DQN(4))
+        assert learn_a_little(dqn(4)) == expected == learn_a_little(dqn(4))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -169,7 +171,7 @@ def test_it_stays_on_the_cpu_in_single_precision():
 def test_an_update_is_one_adamw_step_on_the_squared_error():
     """Against the same step done by hand, with a target that carries no gradient."""
     state, action, next_state = STATES[1], (0, 0, 2, 1), STATES[2]
-    agent = DQN(4)
+    agent = dqn(4)
     network = copy.deepcopy(agent.network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     with torch.no_grad():
@@ -191,7 +193,7 @@ def test_an_update_is_one_adamw_step_on_the_squared_error():
 
 
 def test_repeated_updates_without_a_future_end_at_the_reward():
-    agent = DQN(4, discount=0.0)
+    agent = dqn(4, discount=0.0)
     for _ in range(300):
         agent.observe(STATES[1], (0, 1, 1, 2), -2.5, STATES[2])
     q = agent.network(STATES[1])
@@ -202,10 +204,10 @@ def test_repeated_updates_without_a_future_end_at_the_reward():
 
 def test_the_best_next_action_is_one_that_the_rules_allow():
     """Values of ties between kinds are never trained: the target must not rest on them."""
-    agent, rules = DQN(3, discount=0.5), Rules((0, 1, 0), 3)
+    agent = dqn(Rules((0, 1, 0), 3), discount=0.5)
     with torch.no_grad():
         agent.network.body[2].bias[[1, 4]] = 1000.0  # layer 1 using 0, and layer 2 using 1
-    action = agent.act(Tying((0, 1, 0)), rules)
+    action = agent.act(Tying((0, 1, 0)))
     value = float(agent.network(Tying((0, 1, 0))).detach()[range(3), list(action)].mean())
     assert abs(value) < 1
     for _ in range(200):
@@ -216,8 +218,8 @@ def test_the_best_next_action_is_one_that_the_rules_allow():
 
 @pytest.mark.parametrize("reward", [None, float("nan"), INF, -INF, 1e300, -1e300, -3e38, 1e25])
 def test_a_reward_that_cannot_be_learned_from_changes_nothing_but_epsilon(reward):
-    agent, same = DQN(4), DQN(4)
-    action = agent.act(STATES[0], Rules.free(4))
+    agent, same = dqn(4), dqn(4)
+    action = agent.act(STATES[0])
     agent.observe(STATES[0], action, reward, STATES[1])
     assert agent.epsilon == 0.95
     for p, q in zip(agent.network.parameters(), same.network.parameters(), strict=True):
@@ -228,16 +230,16 @@ def test_a_reward_that_cannot_be_learned_from_changes_nothing_but_epsilon(reward
 
 @pytest.mark.parametrize("reward", [-50_000.0, 1e12, -1e14])
 def test_large_rewards_never_make_q_infinite(reward):
-    agent = DQN(4)
+    agent = dqn(4)
     for state in STATES * 5:
-        agent.observe(state, agent.act(state, Rules.free(4)), reward, STATES[1])
+        agent.observe(state, agent.act(state), reward, STATES[1])
     state = agent.optimizer.state_dict()["state"]
     assert all(torch.isfinite(p).all() for p in agent.network.parameters())
     assert all(torch.isfinite(moment).all() for s in state.values() for moment in s.values())
 
 
 def test_a_saved_agent_goes_on_exactly():
-    agent = DQN(4, seed=3)
+    agent = dqn(4, seed=3)
     learn_a_little(agent, 20)
     saved = agent.state_dict()
     file = io.BytesIO()
@@ -245,7 +247,7 @@ def test_a_saved_agent_goes_on_exactly():
     uninterrupted = learn_a_little(agent, 20)
     file.seek(0)
     for state in (saved, torch.load(file, weights_only=True)):  # going on did not change it
-        resumed = DQN(4, seed=4)
+        resumed = dqn(4, seed=4)
         resumed.load_state_dict(state)
         assert learn_a_little(resumed, 20) == uninterrupted
         assert resumed.epsilon == agent.epsilon
@@ -256,8 +258,8 @@ def test_a_saved_agent_goes_on_exactly():
 def test_a_saved_agent_still_knows_which_ties_are_forbidden():
     """The reward of its last decision comes after it was loaded."""
     rules = Rules((0, 1, 0, 1), 4)
-    agent, resumed = DQN(4, seed=3), DQN(4, seed=4)
-    action = agent.act(Tying.independent(4), rules)
+    agent, resumed = dqn(rules, seed=3), dqn(rules, seed=4)
+    action = agent.act(Tying.independent(4))
     resumed.load_state_dict(agent.state_dict())
     for each in (agent, resumed):
         each.observe(Tying.independent(4), action, -1.0, Tying.from_action(action))
@@ -274,10 +276,11 @@ def check_that_it_finds_the_tying(policy: Policy, goal: Tying, num_decisions: in
     A layer that names its owner in the goal scores whatever the others do, so a sum over layers
     represents what is best.
     """
-    state, rules = Tying.all_tied(goal.num_layers), Rules.free(goal.num_layers)
+    state = Tying.all_tied(goal.num_layers)
+    ready(policy, goal.num_layers, state)
     rewards, states = [], []
     for _ in range(num_decisions):
-        action = policy.act(state, rules)
+        action = policy.act(state)
         next_state = Tying.from_action(action)
         pairs = zip(next_state.owners, goal.owners, strict=True)
         rewards.append(float(np.mean([mine == its for mine, its in pairs])))
@@ -292,7 +295,7 @@ def check_that_it_finds_the_tying(policy: Policy, goal: Tying, num_decisions: in
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_agent_solves_a_toy_tying_problem(owners, seed):
     """Without a discounted future: the toy has none, and values are then soon what they will be."""
-    check_that_it_finds_the_tying(DQN(6, seed=seed, discount=0.0), Tying(owners))
+    check_that_it_finds_the_tying(DQN(seed=seed, discount=0.0), Tying(owners))
 
 
 @pytest.mark.parametrize("owners", [(0, 1, 0, 1, 4, 4), (0, 0, 2, 3, 2, 0)])

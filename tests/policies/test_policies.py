@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ready_policies import ready
 
 from layer_tying.core.patterns import PATTERNS, pattern
 from layer_tying.core.tying import Rules, Tying
@@ -96,8 +97,8 @@ def test_errors_name_the_value_and_what_is_known():
 
 
 def test_the_random_policy_draws_every_allowed_layer_equally_often():
-    policy, state = RandomPolicy(seed=0), Tying.all_tied(4)
-    actions = [policy.act(state, Rules.free(4)) for _ in range(4000)]
+    policy, state = ready(RandomPolicy(seed=0), 4), Tying.all_tied(4)
+    actions = [policy.act(state) for _ in range(4000)]
     for layer in range(4):
         counts = Counter(action[layer] for action in actions)
         assert set(counts) == set(range(layer + 1))
@@ -108,9 +109,9 @@ def test_the_random_policy_draws_every_allowed_layer_equally_often():
 def test_its_expected_number_of_independent_layers_is_the_harmonic_number(num_layers, printed):
     harmonic = float(sum(Fraction(1, i + 1) for i in range(num_layers)))
     assert round(harmonic, 2) == printed
-    policy, state, rules = RandomPolicy(), Tying.all_tied(num_layers), Rules.free(num_layers)
+    policy, state = ready(RandomPolicy(), num_layers), Tying.all_tied(num_layers)
     drawn = [
-        Tying.from_action(policy.act(state, rules)).num_independent
+        Tying.from_action(policy.act(state)).num_independent
         for _ in range(36_000 // num_layers)
     ]
     error = np.std(drawn) / np.sqrt(len(drawn))
@@ -119,13 +120,13 @@ def test_its_expected_number_of_independent_layers_is_the_harmonic_number(num_la
 
 def test_the_same_seed_draws_the_same_and_a_saved_state_goes_on():
     state, rules = Tying.all_tied(6), Rules((0,) * 6, 4)
-    one, same, other = RandomPolicy(seed=1), RandomPolicy(seed=1), RandomPolicy(seed=2)
-    drawn = [one.act(state, rules) for _ in range(10)]
-    assert drawn == [same.act(state, rules) for _ in range(10)]
-    assert drawn != [other.act(state, rules) for _ in range(10)]
+    one, same, other = (ready(RandomPolicy(seed), rules) for seed in (1, 1, 2))
+    drawn = [one.act(state) for _ in range(10)]
+    assert drawn == [same.act(state) for _ in range(10)]
+    assert drawn != [other.act(state) for _ in range(10)]
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert [one.act(state, rules) for _ in range(10)] == [
-        other.act(state, rules) for _ in range(10)
+    assert [one.act(state) for _ in range(10)] == [
+        other.act(state) for _ in range(10)
     ]
 
 
@@ -173,7 +174,8 @@ def test_layers_are_tied_in_the_order_of_what_their_independence_is_worth(budget
 
 
 def test_a_random_policy_keeps_the_budget():
-    policy, rules = RandomPolicy(), Rules((0, 1, 0, 1, 0, 1, 0, 1), 3)
+    rules = Rules((0, 1, 0, 1, 0, 1, 0, 1), 3)
+    policy = ready(RandomPolicy(), rules)
     for _ in range(300):
-        tying = Tying.from_action(policy.act(Tying.all_tied(8), rules))
+        tying = Tying.from_action(policy.act(Tying.all_tied(8)))
         rules.check(tying)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ready_policies import ready
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
 
 from layer_tying.core.tying import Rules, Tying
@@ -41,17 +42,17 @@ def test_a_permutation_worked_out_by_hand():
 
 @given(st.lists(tyings(4), min_size=1, max_size=5), st.integers(0, 7))
 def test_a_schedule_takes_its_tyings_in_turn_and_keeps_the_last(settled, interruption):
-    schedule, taken = Schedule(settled), []
+    schedule, taken = ready(Schedule(settled), 4), []
     for decision in range(8):
         if decision == interruption:
             state = json.loads(json.dumps(schedule.state_dict()))
-            schedule = Schedule(settled)
+            schedule = ready(Schedule(settled), 4)
             schedule.load_state_dict(state)
-        action = schedule.act(Tying.all_tied(4), Rules.free(4))
+        action = schedule.act(Tying.all_tied(4))
         taken.append(Tying.from_action(action))
         schedule.observe(Tying.all_tied(4), action, None, taken[-1])
     assert taken == settled[:8] + [settled[-1]] * (8 - len(settled))
-    assert schedule.learns is False
+    assert schedule.reward is None
     assert schedule.statistics() == {}
 
 

@@ -3,7 +3,7 @@
 ``FrozenLayers`` stands in for ``TiedLayers``. It has the tying that a policy gave it (the claim),
 and a storage that may differ from it: a layer that is not independent in the claim, yet owns its
 weights in the storage, is frozen. It computes with its weights, but has no gradient and no
-moments, and is not trainable.
+optimizer state, and is not trainable.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from layer_tying.core.find import LayerStack
 from layer_tying.core.tied_layers import Parameters, TiedLayers
 from layer_tying.core.tying import Rules, Tying
+from layer_tying.errors import InvariantError
 
 
 class FrozenLayers:
@@ -79,20 +80,23 @@ class FrozenLayers:
         """Check that claim and storage agree, and that the frozen layers are frozen.
 
         Raises:
-            AssertionError: if they do not.
+            InvariantError: if they do not.
         """
         self.storage.verify()
         for layer, owner in enumerate(self.tying.owners):
-            assert self.storage.tying.owners[layer] in (layer, owner), "it is tied to another layer"
-            for parameter in self.parameters(layer).values():
+            if self.storage.tying.owners[layer] not in (layer, owner):
+                raise InvariantError(f"layer {layer} is tied to another layer than {owner}")
+            for name, parameter in self.parameters(layer).items():
                 is_frozen = not parameter.requires_grad and parameter.grad is None
-                assert is_frozen == (layer in self.frozen), "the wrong layers are frozen"
+                if is_frozen != (layer in self.frozen):
+                    raise InvariantError(f"{name} of layer {layer} should be the other of frozen "
+                                         f"and trainable")
 
     def _set_trainable(self, thawed: set[int], frozen: set[int]) -> None:
         for layer in thawed:
             for parameter in self.parameters(layer).values():
                 parameter.requires_grad_(True)
-        self.storage.drop_moments(frozen)
+        self.storage.drop_optimizer_state(frozen)
         for layer in frozen:
             for parameter in self.parameters(layer).values():
                 parameter.requires_grad_(False)

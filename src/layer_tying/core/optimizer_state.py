@@ -1,9 +1,9 @@
 """Keeping an optimizer in step with parameters that come and go.
 
-torch's optimizers hold parameters in ``param_groups`` and their moments in ``state``, and keep both
-until told otherwise: a parameter that is swapped out of a model stays in memory with its moments
-and would go on being "updated". A ``Ledger`` takes the layers' parameters out of the books before
-a transition and enters those that are live after it.
+torch's optimizers hold parameters in ``param_groups`` and their state in ``state``, and keep both
+until told otherwise: a parameter that is swapped out of a model stays in memory with its state and
+would still be updated. An ``OptimizerState`` removes the layers' parameters from the groups before
+a transition and adds those that are live after it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from layer_tying.errors import InvariantError
 
-class Ledger:
+
+class OptimizerState:
     """The layers' entries in one optimizer.
 
     A name's group is remembered while its layer is tied, so that a parameter which comes back is
@@ -28,8 +30,8 @@ class Ledger:
         self.optimizer = optimizer
         self._group_of: dict[str, int | None] = {}
 
-    def take_out(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note each name's group and remove the parameters from the groups; moments stay."""
+    def remove(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note each name's group and remove the parameters from the groups; their state stays."""
         groups = self.optimizer.param_groups
         index_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         for name, parameter in parameters.items():
@@ -40,7 +42,7 @@ class Ledger:
             for key in _columns(group):
                 group[key][:] = compress(group[key], stays)
 
-    def enter(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
+    def add(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
         """Add the parameters to the groups their names had, in the order given.
 
         An optimizer's state dict names parameters by their place, so the order must depend on the
@@ -60,28 +62,34 @@ class Ledger:
                 entered.add(id(parameter))
 
     def verify(self, parameters: Mapping[str, nn.Parameter], live: set[int]) -> None:
-        """Raise an AssertionError if the books are not those of a model.
+        """Check that the optimizer holds what the model uses.
 
         Args:
             parameters: those of the independent layers, by name.
             live: the ids of all parameters of the model.
+
+        Raises:
+            InvariantError: if it holds a parameter twice, one that no layer uses or the state of
+                one, or has lost one.
         """
         groups = self.optimizer.param_groups
         held = {id(p) for group in groups for p in group["params"]}
-        assert sum(len(group["params"]) for group in groups) == len(held), (
-            "a parameter is optimized twice"
-        )
-        assert held <= live, "the optimizer holds a parameter that no layer uses"
-        assert {id(p) for p in self.optimizer.state} <= held, "there are dead moments"
+        if sum(len(group["params"]) for group in groups) != len(held):
+            raise InvariantError("the optimizer holds a parameter twice")
+        if not held <= live:
+            raise InvariantError("the optimizer holds a parameter that no layer uses")
+        if not {id(p) for p in self.optimizer.state} <= held:
+            raise InvariantError("the optimizer keeps the state of a parameter that it dropped")
         for name, parameter in parameters.items():
-            assert self._group_of.get(name) is None or id(parameter) in held, f"{name} is lost"
+            if self._group_of.get(name) is not None and id(parameter) not in held:
+                raise InvariantError(f"the optimizer has lost {name}")
 
-    def drop_moments(self, parameters: Iterable[nn.Parameter]) -> None:
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget the optimizer's state of these parameters."""
         for parameter in parameters:
             self.optimizer.state.pop(parameter, None)
 
-    def copy_moments(self, source: nn.Parameter, target: nn.Parameter) -> None:
+    def copy(self, source: nn.Parameter, target: nn.Parameter) -> None:
         """Give ``target`` a copy of the optimizer's state of ``source``, if it has any."""
         if source in self.optimizer.state:
             self.optimizer.state[target] = _cloned(self.optimizer.state[source])
@@ -93,7 +101,7 @@ def _columns(group: Mapping[str, object]) -> list[str]:
 
 
 def _cloned(state: object) -> object:
-    if is_traceable_wrapper_subclass(state):  # quantised moments, which need not know clone()
+    if is_traceable_wrapper_subclass(state):  # quantised state, which need not know clone()
         names, context = state.__tensor_flatten__()
         parts = {name: _cloned(getattr(state, name)) for name in names}
         return type(state).__tensor_unflatten__(parts, context, state.size(), state.stride())  # type: ignore[arg-type]

@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
-PATTERNS = (
-    "none",
-    "all",
-    "sequence",
-    "cycle",
-    "cycle-reverse",
-    "repeat",
-    "sandwich",
-    "middle-loop",
-)
 
+@dataclass(frozen=True)
+class Pattern:
+    """A sharing pattern.
 
-def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
-    """A static sharing pattern by its name in the literature.
-
-    Args:
-        name: ``none`` (conventional training), ``all`` (ALBERT), ``sequence``, ``cycle``,
-            ``cycle-reverse`` (Takase and Kiyono 2021), ``repeat`` (each layer twice in a row,
-            MobileLLM), ``sandwich`` (the first and the last on their own, the others one group, as
-            in Subformer, or as many as M leaves; without a last one where M is 2) or
-            ``middle-loop`` (first and last layers of their own, the middle a repeated cycle).
-        num_layers: L.
-        num_groups: M, the number of independent layers, where the pattern needs it (of
-            ``sandwich`` 3 by default).
-
-    Raises:
-        InputError: if the name is unknown or the number of groups does not fit.
+    Attributes:
+        labels: from L layers and M groups to a label for each layer; equal labels share weights.
+        default_groups: M where none is given; None where it has to be.
     """
-    layers = range(num_layers)
-    if name == "none":
-        return Tying.independent(num_layers)
-    if name == "all":
-        return Tying.all_tied(num_layers)
-    if name == "repeat":
-        return Tying.from_labels(i // 2 for i in layers)
-    if name == "sandwich" and num_groups is None:
-        num_groups = min(3, num_layers)
-    if name not in PATTERNS:
-        raise InputError(f"unknown pattern {name!r}; the known ones are {', '.join(PATTERNS)}")
-    if num_groups is None or not 1 <= num_groups <= num_layers:
-        raise InputError(
-            f"the pattern {name!r} needs a number of groups from 1 to {num_layers}, "
-            f"got {num_groups}"
-        )
-    if name == "sequence":
-        return Tying.from_labels(i * num_groups // num_layers for i in layers)
-    if name == "cycle":
-        return Tying.from_labels(i % num_groups for i in layers)
-    if name == "cycle-reverse":
-        return Tying.from_labels(_cycle_reverse(num_layers, num_groups))
-    if name == "sandwich":
-        return Tying.from_labels(_sandwich(num_layers, num_groups))
-    return Tying.from_labels(_middle_loop(num_layers, num_groups))
+
+    labels: Callable[[int, int], Iterable[int]]
+    default_groups: Callable[[int], int] | None = None
 
 
 def _sandwich(num_layers: int, num_groups: int) -> list[int]:
     """The first and the last layer on their own, the others in a sequence of groups."""
-    if num_groups <= 2:  # [all], or the first on its own
+    if num_groups <= 2:  # one group for all, or the first on its own
         return [min(i, num_groups - 1) for i in range(num_layers)]
     middle = [1 + i * (num_groups - 2) // (num_layers - 2) for i in range(num_layers - 2)]
     return [0, *middle, num_groups - 1]
@@ -83,3 +45,52 @@ def _middle_loop(num_layers: int, num_groups: int) -> list[int]:
     core = num_groups - 2 * ends
     middle = [ends + i % core for i in range(num_layers - 2 * ends)]
     return [*range(ends), *middle, *range(num_groups - ends, num_groups)]
+
+
+PATTERNS = {
+    # Conventional training: every layer has weights of its own.
+    "none": Pattern(lambda layers, _: range(layers), default_groups=lambda layers: layers),
+    # One layer for all (ALBERT, Lan et al. 2020).
+    "all": Pattern(lambda layers, _: [0] * layers, default_groups=lambda _: 1),
+    # Takase and Kiyono 2021.
+    "sequence": Pattern(lambda layers, groups: (i * groups // layers for i in range(layers))),
+    "cycle": Pattern(lambda layers, groups: (i % groups for i in range(layers))),
+    "cycle-reverse": Pattern(_cycle_reverse),
+    # Each layer twice in a row (MobileLLM, Liu et al. 2024).
+    "repeat": Pattern(
+        lambda layers, _: (i // 2 for i in range(layers)), default_groups=lambda layers: layers // 2
+    ),
+    # Subformer (Reid et al. 2021): first and last independent, the others one group, or M - 2.
+    "sandwich": Pattern(_sandwich, default_groups=lambda layers: min(3, layers)),
+    # First and last layers independent, the middle a repeated cycle.
+    "middle-loop": Pattern(_middle_loop),
+}
+
+
+def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
+    """A static sharing pattern by its name in the literature.
+
+    Args:
+        name: ``none`` (conventional training), ``all`` (ALBERT), ``sequence``, ``cycle``,
+            ``cycle-reverse`` (Takase and Kiyono 2021), ``repeat`` (each layer twice in a row,
+            MobileLLM), ``sandwich`` (the first and the last independent, the others one group, as
+            in Subformer, or as many as M leaves; without a last one where M is 2) or
+            ``middle-loop`` (first and last layers independent, the middle a repeated cycle).
+        num_layers: L.
+        num_groups: M, the number of independent layers; ``none``, ``all`` and ``repeat`` do not
+            depend on it, and ``sandwich`` has 3 by default.
+
+    Raises:
+        InputError: if the name is unknown or the number of groups does not fit.
+    """
+    if name not in PATTERNS:
+        raise InputError(f"unknown pattern {name!r}; the known ones are {', '.join(PATTERNS)}")
+    chosen = PATTERNS[name]
+    if num_groups is None and chosen.default_groups:
+        num_groups = chosen.default_groups(num_layers)
+    if num_groups is None or not 1 <= num_groups <= num_layers:
+        raise InputError(
+            f"the pattern {name!r} needs a number of groups from 1 to {num_layers}, "
+            f"got {num_groups}"
+        )
+    return Tying.from_labels(chosen.labels(num_layers, num_groups))

@@ -1,4 +1,9 @@
-"""Initial weights of layers that are used several times."""
+"""1/n residual scaling: what layers that share weights add to the residual stream.
+
+The outputs of n layers that share weights are alike, and their sum grows with n, where that of n
+independent layers grows with the square root of n. Dividing by n keeps the sum in bounds, either in
+the initial weights or, which a training run cannot undo, in each forward pass.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +12,52 @@ from fnmatch import fnmatch
 
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.find import LayerStack
+from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
 
-def damp_shared_layers(layers: TiedLayers, outputs: Sequence[str]) -> None:
-    """Divide what shared layers add to the residual stream by the number of their uses.
-
-    The outputs of n layers that share weights are alike at the start of training, and their sum
-    grows with n, where that of n independent ones grows with the square root of n. For weights that
-    have just been drawn: it changes what the model computes.
+def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.Module]]:
+    """For each layer, the modules whose output is added to the residual stream.
 
     Args:
-        layers: tied as they shall start.
-        outputs: name patterns (as in ``fnmatch``, within a layer) of the parameters that write to
-            the residual stream, such as ``["attn.c_proj.*", "mlp.c_proj.*"]`` for GPT-2.
+        stack: the layers of a model.
+        outputs: name patterns (as in ``fnmatch``, within a layer), such as
+            ``["attn.c_proj", "mlp.c_proj"]`` for GPT-2.
 
     Raises:
-        InputError: if a layer has no parameter of such a name; then nothing has changed.
+        InputError: if a layer has no module of such a name.
     """
-    divided: list[tuple[nn.Parameter, int]] = []
-    for owner, users in layers.tying.groups.items():
-        mine = [
-            parameter
-            for name, parameter in layers.parameters(owner).items()
-            if any(fnmatch(name, pattern) for pattern in outputs)
-        ]
+    found = []
+    for layer, block in zip(stack.names, stack.blocks, strict=True):
+        named = [(name, module) for name, module in block.named_modules() if name]
+        mine = [m for name, m in named if any(fnmatch(name, pattern) for pattern in outputs)]
         if not mine:
-            names = ", ".join(layers.parameters(owner))
-            raise InputError(f"layer {owner} has none of {', '.join(outputs)}: it has {names}")
-        divided += [(parameter, len(users)) for parameter in mine]
-    for parameter, number in divided:
-        parameter.data /= number
+            raise InputError(
+                f"{layer} has no module named {' or '.join(outputs) or 'as a residual output'}: "
+                f"residual_outputs names the modules that write to the residual stream, out of "
+                f"{', '.join(name for name, _ in named)}"
+            )
+        found.append(mine)
+    return found
+
+
+def divide_initial_weights(stack: LayerStack, tying: Tying, outputs: Sequence[str]) -> None:
+    """Divide the weights of the residual outputs by the number of layers that use them.
+
+    For weights that have just been drawn: it changes what the model computes.
+
+    Raises:
+        InputError: if a layer has no module of such a name; then nothing has changed.
+    """
+    modules = residual_modules(stack, outputs)
+    for owner, users in tying.groups.items():
+        for module in modules[owner]:
+            for parameter in module.parameters():
+                parameter.data /= len(users)
+
+
+def factors(tying: Tying, power: float) -> list[float]:
+    """For each layer 1/n^p, where n layers use its weights."""
+    num_uses = {owner: len(users) for owner, users in tying.groups.items()}
+    return [num_uses[owner] ** -power for owner in tying.owners]

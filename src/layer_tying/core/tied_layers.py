@@ -12,24 +12,37 @@ its hooks and its slot in the KV cache.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import nn
 from torch.optim import Optimizer
 
 from layer_tying.core.distributed import refuse_sharded
 from layer_tying.core.find import LayerStack, find_layers
-from layer_tying.core.optimizer_state import Ledger
+from layer_tying.core.optimizer_state import OptimizerState
+from layer_tying.core.patterns import pattern
+from layer_tying.core.residual_scale import factors, residual_modules
 from layer_tying.core.tying import Rules, Tying, storage_sources
-from layer_tying.core.weight_access import read_as_they_are, read_detached
-from layer_tying.errors import InputError
+from layer_tying.core.weight_access import read_as_they_are, read_detached, scale_output
+from layer_tying.errors import InputError, InvariantError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
 
 Parameters = dict[str, nn.Parameter]
 
 
-def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none, as a list."""
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+class Options(TypedDict, total=False):
+    """The options of ``TiedLayers``, for those who pass them on."""
+
+    layers: str | Sequence[str] | None
+    untied: Sequence[str]
+    by_kind: bool
+    gradient: Literal["sum", "owner"]
+    optimizer_state: Literal["copy", "fresh"]
+    inherit: Literal["first", "majority"]
+    residual_scaling: float
+    residual_outputs: Sequence[str]
 
 
 class TiedLayers:
@@ -46,21 +59,26 @@ class TiedLayers:
         optimizer: the optimizer of the model's parameters (or several, or none). Its
             ``param_groups`` and ``state`` are kept in step.
         layers: the dotted name of the list of layers (or several names, say an encoder's and a
-            decoder's); found by itself where there is only one candidate.
+            decoder's); found automatically where there is only one candidate.
         untied: name patterns (as in ``fnmatch``, within a layer) of parameters that each layer
             keeps for itself, such as ``["*norm*"]``.
+        by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
         gradient: ``"sum"``: a shared weight's gradient is the sum over all the layers that use it
             (true tying). ``"owner"``: only the owner's own position contributes; this saves the
             weight gradients of all other positions.
-        moments: the optimizer state of a newly independent layer: a ``"copy"`` of its owner's, or
-            ``"fresh"``.
+        optimizer_state: the optimizer state of a newly independent layer: a ``"copy"`` of its
+            owner's, or ``"fresh"``.
         inherit: the weights a group of layers goes on with when the tying changes: those that its
             ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
-        by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
+        residual_scaling: the power p of 1/n residual scaling: what a layer adds to the residual
+            stream is multiplied by 1/n^p in the forward pass, where n layers use its weights.
+        residual_outputs: name patterns of the modules within a layer whose output is added to the
+            residual stream; needed for residual scaling.
 
     Attributes:
         tying: the tying in force.
         rules: which tyings this model allows.
+        stack: the layers, and where their parameters live.
 
     Raises:
         InputError: if the layers cannot be found, do not match, or share parameters only in part.
@@ -73,32 +91,36 @@ class TiedLayers:
         *,
         layers: str | Sequence[str] | None = None,
         untied: Sequence[str] = (),
-        gradient: Literal["sum", "owner"] = "sum",
-        moments: Literal["copy", "fresh"] = "copy",
-        inherit: Literal["first", "majority"] = "first",
         by_kind: bool = False,
+        gradient: Literal["sum", "owner"] = "sum",
+        optimizer_state: Literal["copy", "fresh"] = "copy",
+        inherit: Literal["first", "majority"] = "first",
+        residual_scaling: float = 0.0,
+        residual_outputs: Sequence[str] = (),
     ) -> None:
-        if gradient not in ("sum", "owner"):
-            raise InputError(f"gradient is 'sum' or 'owner', got {gradient!r}")
-        if moments not in ("copy", "fresh"):
-            raise InputError(f"moments is 'copy' or 'fresh', got {moments!r}")
-        if inherit not in ("first", "majority"):
-            raise InputError(f"inherit is 'first' or 'majority', got {inherit!r}")
+        _check_choice("gradient", gradient, ("sum", "owner"))
+        _check_choice("optimizer_state", optimizer_state, ("copy", "fresh"))
+        _check_choice("inherit", inherit, ("first", "majority"))
         self.stack: LayerStack = find_layers(model, layers, untied, by_kind)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = self._tying_in_storage()
-        self._copies_moments = moments == "copy"
+        self._copies_state = optimizer_state == "copy"
         self._inherit: Literal["first", "majority"] = inherit
-        self._ledgers = [Ledger(each) for each in listed(optimizer)]
-        self._take_out_of_books()
-        self._enter_in_books()
         self._only_owners_learn = gradient == "owner"
-        self._set_gradients()
+        self._residual_scaling = residual_scaling
+        self._residual_modules: list[list[nn.Module]] = []
+        if residual_scaling:
+            self._residual_modules = residual_modules(self.stack, residual_outputs)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
+        self._states = [OptimizerState(each) for each in optimizers]
+        self._remove_from_optimizers()
+        self._add_to_optimizers()
+        self._set_weight_access()
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """Those that are kept in step."""
-        return [ledger.optimizer for ledger in self._ledgers]
+        return [state.optimizer for state in self._states]
 
     def parameters(self, layer: int) -> Parameters:
         """The parameters that a layer uses, by their names within the layer."""
@@ -114,7 +136,7 @@ class TiedLayers:
 
         A layer that becomes independent goes on from the weights it used (the model computes the
         same function, unless others join it and ``inherit`` is ``"majority"``); a layer that is
-        tied drops its own weights, gradient and moments. What is dropped is freed before anything
+        tied drops its own weights, gradient and optimizer state. What is dropped is freed before anything
         is copied, and nothing is copied that could be taken over: memory never rises above the
         larger of before and after.
 
@@ -132,10 +154,10 @@ class TiedLayers:
                 "the layers' weights were exchanged by something else since they were last tied: "
                 "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
             )
-        self._take_out_of_books()
+        self._remove_from_optimizers()
         sources = storage_sources(self.tying, tying, self._inherit)
         old = {source: self.parameters(source) for source, _ in sources.values()}
-        self.drop_moments(self._layers_that_lose_moments(sources))
+        self.drop_optimizer_state(self._layers_that_lose_state(sources))
         for layer, owner in enumerate(tying.owners):
             self._point(layer, old[sources[owner][0]])
         for owner, (source, needs_copy) in sources.items():
@@ -144,23 +166,32 @@ class TiedLayers:
                 for layer in tying.groups[owner]:
                     self._point(layer, copies)
         self.tying = tying
-        self._enter_in_books()
-        self._set_gradients()
+        self._add_to_optimizers()
+        self._set_weight_access()
 
     def verify(self) -> None:
-        """Check the invariant.
+        """Check that state and storage agree.
 
         Raises:
-            AssertionError: if storage is not what the tying says, or an optimizer has lost a
-                parameter, or holds one twice, or one that no layer uses, or its moments.
+            InvariantError: if storage is not what the tying says, or an optimizer has lost a
+                parameter, or holds one twice, or one that no layer uses, or its state.
         """
-        assert self._tying_in_storage() == self.tying, "storage is not what the tying says"
+        stored = self._tying_in_storage()
+        if stored != self.tying:
+            raise InvariantError(f"the tying is {self.tying}, but the layers share as {stored}")
         owned = self._owned()
         addresses = {id(p): p.data_ptr() for p in owned.values() if p.numel() and not p.is_meta}
-        assert len(set(addresses.values())) == len(addresses), "two parameters share memory"
+        if len(set(addresses.values())) != len(addresses):
+            raise InvariantError("two parameters of independent layers share memory")
         live = {id(p) for p in self.stack.model.parameters()}
-        for ledger in self._ledgers:
-            ledger.verify(owned, live)
+        for state in self._states:
+            state.verify(owned, live)
+
+    def drop_optimizer_state(self, layers: Iterable[int]) -> None:
+        """Forget the optimizer's state of the parameters that these layers use."""
+        for state in self._states:
+            for layer in layers:
+                state.drop(self.parameters(layer).values())
 
     def _tying_in_storage(self) -> Tying:
         """The tying that the parameters' identities show."""
@@ -185,15 +216,15 @@ class TiedLayers:
             setattr(module, attribute, parameters[name])  # recurrent networks take note of it
 
     def _copy(self, parameters: Parameters) -> Parameters:
-        """New parameters of equal values, one for each distinct one, with their moments."""
+        """New parameters of equal values, one for each distinct one, with their state."""
         copies: dict[int, nn.Parameter] = {}
         for parameter in parameters.values():
             if id(parameter) not in copies:
                 copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 copies[id(parameter)] = copy
-                if self._copies_moments:
-                    for ledger in self._ledgers:
-                        ledger.copy_moments(parameter, copy)
+                if self._copies_state:
+                    for state in self._states:
+                        state.copy(parameter, copy)
         return {name: copies[id(parameter)] for name, parameter in parameters.items()}
 
     def _owned(self) -> Parameters:
@@ -204,39 +235,69 @@ class TiedLayers:
             for name, parameter in self.parameters(layer).items()
         }
 
-    def _take_out_of_books(self) -> None:
-        for ledger in self._ledgers:
-            ledger.take_out(self._owned())
+    def _remove_from_optimizers(self) -> None:
+        for state in self._states:
+            state.remove(self._owned())
 
-    def _enter_in_books(self) -> None:
+    def _add_to_optimizers(self) -> None:
         names = self.stack.names
         in_first_of_kind = {
             f"{names[layer]}.{name}": f"{names[self.stack.kinds[layer]]}.{name}"
             for layer in self.tying.independent_layers
             for name in self.stack.slots[layer]
         }
-        for ledger in self._ledgers:
-            ledger.enter(self._owned(), in_first_of_kind)
+        for state in self._states:
+            state.add(self._owned(), in_first_of_kind)
 
-    def _layers_that_lose_moments(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
+    def _layers_that_lose_state(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
         """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
         keeping = {
-            source
-            for owner, (source, _) in sources.items()
-            if self._copies_moments or owner == source
+            source for owner, (source, _) in sources.items() if self._copies_state or owner == source
         }
         return set(self.tying.independent_layers) - keeping
 
-    def _set_gradients(self) -> None:
+    def _set_weight_access(self) -> None:
         for layer, owner in enumerate(self.tying.owners):
             slots = self.stack.slots[layer].values()
+            read_as_they_are(module for module, _ in slots)
             if self._only_owners_learn and layer != owner:
                 read_detached(slots)
-            else:
-                read_as_they_are(slots)
+        scales = factors(self.tying, self._residual_scaling)
+        for modules, factor in zip(self._residual_modules, scales, strict=False):
+            for module in modules:
+                scale_output(module, factor)
 
-    def drop_moments(self, layers: Iterable[int]) -> None:
-        """Forget the optimizer's state of the parameters that these layers use."""
-        for ledger in self._ledgers:
-            for layer in layers:
-                ledger.drop_moments(self.parameters(layer).values())
+
+def tie(
+    model: nn.Module,
+    tying: str | Tying,
+    num_groups: int | None = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    **options: Unpack[Options],
+) -> TiedLayers:
+    """Tie the layers of a model in a fixed pattern: ``tie(model, "cycle", 3)``.
+
+    Args:
+        model: as in ``TiedLayers``.
+        tying: a pattern's name (see ``pattern``), or a ``Tying``.
+        num_groups: M, the number of independent layers, where the pattern needs it.
+        optimizer: the optimizer of the model's parameters, if it was made before.
+        options: those of ``TiedLayers``.
+
+    Returns:
+        The tied layers, whose tying can be changed again.
+
+    Raises:
+        InputError: if the layers or the tying do not fit; then nothing has changed.
+    """
+    layers = TiedLayers(model, optimizer, **options)
+    if isinstance(tying, str):
+        tying = pattern(tying, layers.tying.num_layers, num_groups)
+    layers.apply(tying)
+    return layers
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is {' or '.join(map(repr, choices))}, got {value!r}")

@@ -28,9 +28,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layer_tying.core.tying import Tying
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
+from layer_tying.policies import make_policy
 from layer_tying.policies.base import Policy
 from layer_tying.saving import checkpoint
 from layer_tying.tasks.evaluation import evaluating
@@ -41,7 +41,7 @@ FOLDER = "layer_tying"  # inside a checkpoint's
 class DynamicTyingCallback(TrainerCallback):
     """Ties and unties a model's layers while a ``Trainer`` trains it::
 
-        Trainer(model, args, train_dataset=..., callbacks=[DynamicTyingCallback(every=50)])
+        Trainer(model, args, train_dataset=..., callbacks=[DynamicTyingCallback()])
 
     Decisions are logged in ``trainer.state.log_history``, under ``"tying"``. Checkpoints are the
     Trainer's own, with a folder more in each: ``trainer.train(resume_from_checkpoint=True)`` goes
@@ -49,12 +49,13 @@ class DynamicTyingCallback(TrainerCallback):
     ``args.resume_from_checkpoint`` as well.
 
     Args:
+        policy: who decides: a name, or a policy object (see ``DynamicTying``).
         every: k, the number of optimizer steps from one decision to the next.
-        policy: who decides; the paper's agent by default.
-        reward: ``"batch"``: minus the loss of a training batch, drawn at random after the decision;
-            ``"eval_loss"``: minus that of the first evaluation after it.
-        initial: as in ``DynamicTying``; ``"none"`` to tie down a pretrained model.
-        options: any other option of ``DynamicTying``.
+        reward: for policies that learn from evaluations. ``"batch"``: minus the loss of a training
+            batch, drawn at random after the decision; ``"eval_loss"``: minus that of the first
+            evaluation after it.
+        options: any other option of ``DynamicTying``, such as ``initial="none"`` to tie down a
+            pretrained model.
 
     Attributes:
         dynamic: the ``DynamicTying`` at work; None before training.
@@ -65,35 +66,38 @@ class DynamicTyingCallback(TrainerCallback):
 
     def __init__(
         self,
+        policy: str | Policy = "bandit",
         *,
         every: int = 50,
-        policy: Policy | None = None,
         reward: Literal["batch", "eval_loss"] = "batch",
-        initial: Literal["all", "none", "keep"] | Tying = "all",
         **options: Any,
     ) -> None:
         if reward not in ("batch", "eval_loss"):
             raise InputError(f"reward is 'batch' or 'eval_loss', got {reward!r}")
         self.dynamic: DynamicTying | None = None
         self._reward = reward
-        self._options: dict[str, Any] = {"every": every, "policy": policy, **options}
-        self._initial: str | Tying = initial
+        if isinstance(policy, str):
+            policy = make_policy(policy, seed=options.pop("seed", 0))
+        self._options: dict[str, Any] = {"policy": policy, "every": every, **options}
         self._run = uuid.uuid4().hex  # tells this run's checkpoints from others'
+        self._losses: list[Tensor] = []  # of the batches since the last optimizer step
+        self._are_shares = False  # of a batch's loss, to be added up, not averaged
         self._hooks: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
     ) -> None:
         """Tie the layers: the optimizer exists, and has loaded what the Trainer resumes from."""
-        _refuse(args, self._reward, at_hand["train_dataloader"])
         model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
+        _refuse_devices(args)
+        if self._options["policy"].reward == "evaluation":
+            _refuse_reward(args, self._reward, at_hand["train_dataloader"])
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         saved = _saved_with(args, state)
         if saved:
-            self._initial, self._run = saved.tying, saved.facts["run"]
-        self.dynamic = DynamicTying(model, optimizer, initial=self._initial, **self._options)  # type: ignore[arg-type]
-        self._options["policy"] = self.dynamic.policy
-        self._initial = "keep"  # if the Trainer trains once more
+            self._options["initial"], self._run = saved.tying, saved.facts["run"]
+        self.dynamic = DynamicTying(model, optimizer, total_steps=state.max_steps, **self._options)
+        self._options["initial"] = "keep"  # if the Trainer trains once more
         if saved:
             training = saved.training_state()
             saved.load_weights(model)
@@ -102,7 +106,7 @@ class DynamicTyingCallback(TrainerCallback):
             self.dynamic.layers.verify()
         else:
             self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
-        self._let_the_trainer_save(model, optimizer, sizes)
+        self._attach(model, optimizer, sizes)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
@@ -110,7 +114,8 @@ class DynamicTyingCallback(TrainerCallback):
         """Decide, where that is due."""
         assert self.dynamic
         measure = partial(_batch_reward, args, state, at_hand["model"], at_hand["train_dataloader"])
-        decision = self.dynamic.step(measure if self._reward == "batch" else None)
+        reward = measure if self._reward == "batch" else None
+        decision = self.dynamic.step(self._loss_of_step(), reward)
         if decision:
             self._log(state, **_log_entry(decision))
 
@@ -155,31 +160,49 @@ class DynamicTyingCallback(TrainerCallback):
             best = checkpoint.read_checkpoint(Path(state.best_model_checkpoint) / FOLDER)
             self.dynamic.layers.apply(best.tying)
             best.load_weights(at_hand["model"])
-        self._hooks.pop().remove()  # the optimizer's; the model can still be saved
+        for hook in self._hooks[1:]:  # with the first, the model can still be saved
+            hook.remove()
 
     def _log(self, state: TrainerState, **entry: Any) -> None:
         state.log_history.append({**entry, "step": state.global_step})
 
-    def _let_the_trainer_save(
-        self, model: nn.Module, optimizer: Optimizer, sizes: list[int]
-    ) -> None:
+    def _attach(self, model: nn.Module, optimizer: Optimizer, sizes: list[int]) -> None:
+        """Note training losses, and make the state dicts such that the Trainer can save them."""
         assert self.dynamic
         for hook in self._hooks:
             hook.remove()
         names = tuple(f"{name}." for name in self.dynamic.layers.stack.names)
         self._hooks = [
             model.register_state_dict_post_hook(partial(_give_each_layer_its_own, names)),
-            optimizer.register_state_dict_post_hook(partial(_leave_out_moments, sizes)),
+            optimizer.register_state_dict_post_hook(partial(_leave_out_state, sizes)),
         ]
+        if self.dynamic.policy.reward == "training_loss":
+            hook = model.register_forward_hook(self._note_loss, with_kwargs=True)
+            self._hooks.append(hook)
+
+    def _note_loss(self, model: nn.Module, _: Any, options: dict[str, Any], output: Any) -> None:
+        """No event of the Trainer's is told the loss of a step; the model's output has it."""
+        if model.training and torch.is_grad_enabled():
+            self._losses.append(output["loss"].detach())
+            self._are_shares = options.get("num_items_in_batch") is not None
+
+    def _loss_of_step(self) -> Tensor | None:
+        if not self._losses:
+            return None
+        losses = torch.stack(self._losses)
+        self._losses.clear()
+        return losses.sum() if self._are_shares else losses.mean()
 
 
-def _refuse(args: TrainingArguments, reward: str, loader: DataLoader[Any]) -> None:
-    """Raise an InputError for what this callback cannot train with."""
+def _refuse_devices(args: TrainingArguments) -> None:
     if args.world_size > 1 or args.n_gpu > 1:
         raise InputError(
             f"the Trainer runs on {max(args.world_size, args.n_gpu)} devices, and what it wraps "
             f"the model in does not notice new parameters: run it on one device"
         )
+
+
+def _refuse_reward(args: TrainingArguments, reward: str, loader: DataLoader[Any]) -> None:
     if reward == "eval_loss" and args.eval_strategy == "no":
         raise InputError("reward='eval_loss' needs evaluations: set args.eval_strategy")
     if reward == "batch" and isinstance(loader.dataset, IterableDataset):
@@ -257,7 +280,7 @@ def _give_each_layer_its_own(
             seen.add(tensor.data_ptr())
 
 
-def _leave_out_moments(sizes: list[int], _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def _leave_out_state(sizes: list[int], _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """The state of an optimizer as it was made, so that one made alike can load it."""
     groups = []
     start = 0

@@ -1,1 +1,49 @@
-"""Decide which layers share weights."""
+"""Who decides which layers share weights. No torch but in ``dqn``.
+
+To add a policy, write one class in one file here and enter it in ``POLICIES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from layer_tying.errors import InputError
+from layer_tying.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """A policy by its name.
+
+    Attributes:
+        place: ``module:class``, imported when it is asked for (some need torch).
+        help: one line on what it does.
+    """
+
+    place: str
+    help: str
+
+
+POLICIES = {
+    "dqn": PolicyRecord("dqn:DQN", "the paper's agent: a Q-network, epsilon-greedy"),
+    "bandit": PolicyRecord("bandit:Bandit", "moves the borders of groups of neighbouring layers"),
+    "random": PolicyRecord("simple:RandomPolicy", "draws every layer's owner uniformly"),
+}
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A policy by its name.
+
+    Args:
+        name: one of ``POLICIES``.
+        options: of its class, such as ``seed``.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in POLICIES:
+        raise InputError(f"unknown policy {name!r}; the known ones are {', '.join(POLICIES)}")
+    module, _, policy = POLICIES[name].place.partition(":")
+    return getattr(import_module(f"layer_tying.policies.{module}"), policy)(**options)

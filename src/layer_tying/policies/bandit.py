@@ -1,11 +1,11 @@
-"""A better agent: it learns from the training losses which layers begin a group of their own.
+"""A bandit that learns from the training losses which layers begin a group.
 
 Every layer is independent, or uses the weights of the layer before it. The reward of a tying is
-taken to be ``trend(t) + sum of w[i]`` over its independent layers i > 0, and the trend to wander
-with a level and a slope. A Kalman filter keeps the Gaussian posterior of all of these from one
-reward to the next, so that a loss which falls anyway is nobody's merit. Decisions are drawn by
+modelled as ``trend(t) + sum of w[i]`` over its independent layers i > 0, where the trend is a
+random walk with a level and a slope. A Kalman filter keeps the Gaussian posterior of all of these
+from one reward to the next, so that the general fall of the loss is credited to no layer. Decisions are drawn by
 Thompson sampling (Thompson 1933; for linear rewards Agrawal and Goyal 2013) and change one group's
-border at most; the last one takes what the posterior's mean says is best. NumPy only.
+border at most; the last one takes what is best by the posterior's mean. NumPy only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from layer_tying.core.tying import Rules, Tying
+from layer_tying.core.patterns import pattern
 from layer_tying.errors import InputError
-from layer_tying.policies.base import LARGEST_REWARD, Action
+from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
 
 # Standard deviations in nats, for rewards that are the mean loss of some ten batches.
 NOISE = 0.03  # of a reward
@@ -31,30 +32,53 @@ FIRST, LAST = 0.5, 0.1
 and the last layer of a transformer do work of their own (see docs/log.md)."""
 
 
-class Bandit:
+class Bandit(Policy):
     """Thompson sampling of the layers that are independent; the others use the layer before them.
 
-    It starts from groups of neighbouring layers, such as ``pattern("sandwich", num_layers, 3)``.
-
     Args:
-        num_layers: L.
-        num_decisions: after so many the tying is kept; the last of them is made without exploring,
-            and the first quarter of them change nothing.
         price: what an independent layer has to be worth, in nats; None: borders move, the number
             of groups stays. What is measured is what a border is worth at once: the two groups that
             it makes are equal at first, so a price sees nothing of what they will learn to do.
         seed: of the sampling.
     """
 
-    learns = True
+    reward = "training_loss"
+    inherit = "majority"
+    settles = 0.5
+    divides_initial_weights = True
 
-    def __init__(
-        self, num_layers: int, *, num_decisions: int, price: float | None = None, seed: int = 0
-    ) -> None:
-        self.num_layers = num_layers
-        self.num_decisions = num_decisions
+    def __init__(self, *, price: float | None = None, seed: int = 0) -> None:
         self.price = price
         self._rng = np.random.default_rng(seed)
+
+    def start(self, rules: Rules) -> Tying:
+        """Groups of neighbouring layers: a quarter of the layers, or all that a budget allows."""
+        num_layers = len(rules.kinds)
+        usual = min(max(3, num_layers // 4), num_layers)
+        is_limited = rules.max_independent < num_layers
+        groups = pattern("sandwich", num_layers, rules.max_independent if is_limited else usual)
+        within_kinds = Tying.from_labels(zip(rules.kinds, groups.owners, strict=True))
+        is_allowed = within_kinds.num_independent <= rules.max_independent
+        return within_kinds if is_allowed else rules.tightest
+
+    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+        """Begin a run.
+
+        The first quarter of the decisions change nothing, and the last is made without exploring.
+
+        Raises:
+            InputError: if the number of decisions is not known, if there is nothing to decide from
+                this start, or if it would be lost at once.
+        """
+        if num_decisions is None:
+            raise InputError(
+                "the bandit explores first and then settles, so it has to know how long the run "
+                "is: DynamicTying(..., total_steps=...)"
+            )
+        num_layers = len(rules.kinds)
+        self.rules = rules
+        self.num_decisions = num_decisions
+        self._check_start(start)
         self._made = 0  # decisions
         # The filter's state: w[0..L-1] (w[0] unused: layer 0 is always independent), level, slope.
         self._mean = np.zeros(num_layers + 2)
@@ -62,27 +86,26 @@ class Bandit:
         self._mean[num_layers - 1] += LAST
         self._covariance = np.diag([0.0, *[WORTH**2] * (num_layers - 1), *np.square(UNKNOWN)])
 
-    def check_start(self, start: Tying, rules: Rules) -> None:
-        """Raise an InputError if there is nothing to decide from a start, or it would be lost."""
+    def _check_start(self, start: Tying) -> None:
+        rules = self.rules
+        instead = f"start from pattern('sandwich', {start.num_layers}, 3), say"
         for layer, owner in enumerate(start.owners):
             before = rules.choices(layer)[-2:][0]  # the layer before it of its kind, or itself
             if owner not in (layer, start.owners[before]):
                 raise InputError(
                     f"the bandit shares between neighbouring layers: it cannot go on from {start}; "
-                    f"start from pattern('sandwich', {self.num_layers}, 3), say"
+                    f"{instead}"
                 )
-        if (
-            self.price is None
-            and start == rules.tightest
-            and start.num_independent < min(rules.max_independent, self.num_layers)
-        ):
+        can_grow = start.num_independent < min(rules.max_independent, start.num_layers)
+        if self.price is None and start == rules.tightest and can_grow:
             raise InputError(
                 f"the bandit moves the borders of groups, and there is none in {start}: "
-                f"start from pattern('sandwich', {self.num_layers}, 3), or give it a price"
+                f"{instead}, or give it a price"
             )
 
-    def act(self, state: Tying, rules: Rules) -> Action:
+    def act(self, state: Tying) -> Action:
         """Move a border (with a price also begin a group, or end one) where that promises most."""
+        rules = self.rules
         before = {i: rules.choices(i)[-2] for i in range(state.num_layers) if rules.choices(i)[1:]}
         begins = set(state.independent_layers)
         self._made += 1

@@ -1,12 +1,14 @@
 """What a policy is: it is asked every k steps for an action, and told the reward that followed.
 
-No torch here.
+A policy is one class in one file of this package, with an entry in ``POLICIES``. It says of itself
+what it starts from, which reward it learns from and when it settles, so that whoever runs it need
+not know which policy it is. No torch here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,33 +20,63 @@ LARGEST_REWARD = 1e15
 """Beyond it the squared error overflows single precision: such a reward is not finite enough."""
 
 
-class Policy(Protocol):
-    """What decides the tying while a model trains."""
+class Policy:
+    """Decides the tying while a model trains. Subclasses override what they need; ``act`` at least.
 
-    learns: bool
-    """Whether it wants rewards. They cost an evaluation each, so none is made otherwise."""
+    Attributes:
+        reward: what it learns from: ``"evaluation"`` (of the model right after a decision; each
+            costs a forward pass), ``"training_loss"`` (minus the mean loss of the steps since the
+            last decision), or None.
+        inherit: which weights a group of layers goes on with when the tying changes (see
+            ``TiedLayers``).
+        settles: the share of a run, at its end, in which nothing is decided any more; may be set.
+        divides_initial_weights: whether freshly drawn residual outputs are divided by the number
+            of layers that use them (see ``core.residual_scale``).
+        rules: which tyings are allowed; known once it was ``reset``.
+    """
 
-    def act(self, state: Tying, rules: Rules) -> Action:
+    reward: ClassVar[Literal["evaluation", "training_loss"] | None] = None
+    inherit: ClassVar[Literal["first", "majority"]] = "first"
+    settles: float = 0.0
+    divides_initial_weights: ClassVar[bool] = False
+    rules: Rules
+
+    def start(self, rules: Rules) -> Tying:
+        """The tying to start from, where the caller does not name one; the paper's by default."""
+        return rules.tightest
+
+    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+        """Begin a run.
+
+        Args:
+            start: the tying that it starts from.
+            rules: which tyings are allowed.
+            num_decisions: how many decisions there will be; None where that is not known.
+
+        Raises:
+            InputError: if it cannot decide from this start.
+        """
+        self.rules = rules
+
+    def act(self, state: Tying) -> Action:
         """Choose, for each layer, the layer whose weights it shall use, within the rules."""
-        ...
+        raise NotImplementedError
 
     def observe(
         self, state: Tying, action: Action, reward: float | None, next_state: Tying
     ) -> None:
         """Learn from what followed; the reward is None where there was none to learn from."""
-        ...
 
     def statistics(self) -> dict[str, Any]:
         """JSON-able facts about the last decision, for the log."""
-        ...
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on exactly: tensors and JSON-able values."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
-        ...
+        """Go on from what ``state_dict`` returned; call it after ``reset``."""
 
 
 def within_budget(action: Sequence[int], value: np.ndarray, rules: Rules) -> Action:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layer_tying.core.tying import Rules, Tying
-from layer_tying.policies.base import LARGEST_REWARD, Action, within_budget
+from layer_tying.policies.base import LARGEST_REWARD, Action, Policy, within_budget
 
 
 def action_value(q: Tensor, action: Tensor) -> Tensor:
@@ -75,11 +75,10 @@ class QNetwork(nn.Module):
         return matrix.index_put((rows, columns), flat)
 
 
-class DQN:
+class DQN(Policy):
     """The agent of Algorithm 1. It has its own random numbers and stays on the CPU, in float32.
 
     Args:
-        num_layers: L.
         seed: of the network's weights and of exploration.
         discount: gamma.
         learning_rate: of AdamW on the Q-network.
@@ -88,11 +87,10 @@ class DQN:
         epsilon_min: its floor.
     """
 
-    learns = True
+    reward = "evaluation"
 
     def __init__(
         self,
-        num_layers: int,
         *,
         seed: int = 0,
         discount: float = 0.99,
@@ -101,27 +99,31 @@ class DQN:
         epsilon_decay: float = 0.95,
         epsilon_min: float = 0.1,
     ) -> None:
-        self.num_layers = num_layers
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-            self.network = QNetwork(num_layers)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate)
+        self.seed = seed
         self.discount = discount
-        self.epsilon = epsilon
+        self.learning_rate = learning_rate
+        self.first_epsilon = epsilon
         self.epsilon_decay = epsilon_decay
         self.epsilon_min = epsilon_min
         self._rng = np.random.default_rng(seed)
-        self._kinds = (0,) * num_layers  # of the last decision's rules
         self._statistics: dict[str, Any] = {}
 
-    def act(self, state: Tying, rules: Rules) -> Action:
+    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+        """Begin a run with a new Q-network."""
+        self.rules = rules
+        self.epsilon = self.first_epsilon
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed GPUs too
+            self.network = QNetwork(len(rules.kinds))
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
+
+    def act(self, state: Tying) -> Action:
         """Epsilon-greedy for each layer: a random layer it may use, or the most valuable one."""
-        self._kinds = rules.kinds
         with torch.device("cpu"), torch.no_grad():
             q = self.network(state).numpy()
         action = []
         for layer in range(state.num_layers):
-            choices = rules.choices(layer)
+            choices = self.rules.choices(layer)
             if self._rng.random() < self.epsilon:
                 action.append(int(self._rng.choice(choices)))
             else:
@@ -130,7 +132,7 @@ class DQN:
             "epsilon": self.epsilon,
             "q": [[round(float(q[i, j]), 6) for j in range(i + 1)] for i in range(len(q))],
         }
-        return within_budget(action, q, rules)
+        return within_budget(action, q, self.rules)
 
     def observe(
         self, state: Tying, action: Action, reward: float | None, next_state: Tying
@@ -148,7 +150,7 @@ class DQN:
     def _update(self, state: Tying, action: Action, reward: float, next_state: Tying) -> None:
         predicted = action_value(self.network(state), torch.tensor(action))
         with torch.no_grad():
-            q_next = _allowed(self.network(next_state), self._kinds)
+            q_next = _allowed(self.network(next_state), self.rules.kinds)
         target = td_target(reward, self.discount, q_next)
         loss = nn.functional.mse_loss(predicted, target)
         self.optimizer.zero_grad()
@@ -165,7 +167,6 @@ class DQN:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epsilon": self.epsilon,
-            "kinds": list(self._kinds),
             "rng": self._rng.bit_generator.state,
         }
         return copy.deepcopy(state)
@@ -175,7 +176,6 @@ class DQN:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would alias it
         self.epsilon = state["epsilon"]
-        self._kinds = tuple(state["kinds"])
         self._rng.bit_generator.state = state["rng"]
 
 

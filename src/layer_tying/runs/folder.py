@@ -149,16 +149,13 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
         "reward": decision.reward,
         "epsilon": decision.statistics.get("epsilon"),
     }
+    if decision.previous_reward is not None:
+        line["previous_reward"] = decision.previous_reward
     if decision.event:
         line["event"] = decision.event
     if with_q and "q" in decision.statistics:
         line["q"] = decision.statistics["q"]
     return line
-
-
-def late_reward(reward: float | None, event: str | None) -> dict[str, Any]:
-    """Added to a decision's line where the reward of the one before it has come only now."""
-    return {"previous_reward": reward} | ({"event": event} if event else {})
 
 
 def environment(device: torch.device) -> dict[str, dict[str, Any]]:

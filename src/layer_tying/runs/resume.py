@@ -43,16 +43,16 @@ def save(training: Training) -> None:
     training.clock.lap("train")
     training.tally.seconds = training.clock.seconds
     rng = distributed.gather(checkpoint.rng_state())
-    losses = {
+    state = {
         "losses": [distributed.mean(float(loss)) for loss in training.losses],
-        "undecided": [distributed.mean(float(loss)) for loss in training.undecided],
+        "tying": training.tying.state_dict() if training.tying else None,
     }
-    distributed.on_rank_0(lambda: _write_checkpoint(training, rng, losses))
+    distributed.on_rank_0(lambda: _write_checkpoint(training, rng, state))
     training.clock.lap("save")
 
 
 def _write_checkpoint(
-    training: Training, rng: list[dict[str, Any]], losses: dict[str, list[float]]
+    training: Training, rng: list[dict[str, Any]], state: dict[str, Any]
 ) -> None:
     checkpoint.save_checkpoint(
         checkpoint.step_folder(training.log.checkpoints, training.step),
@@ -63,12 +63,11 @@ def _write_checkpoint(
         facts=training.facts(),
         training={
             "moments": checkpoint.moments_by_name(training.model, training.optimizer),
-            "tying": training.tying.state_dict() if training.tying else None,
             "batches": training.workload.batches.state(),
             "reward_batches": training.workload.reward_batches.state(),
             "rng": rng,
             "tally": asdict(training.tally),
-            **losses,
+            **state,
             "best": training.best,
             "validation_perplexity": training.validation_perplexity,
         },
@@ -103,7 +102,6 @@ def restore(training: Training) -> None:
     training.clock.seconds = dict(training.tally.seconds)
     device = training.accelerator.device
     training.losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
-    training.undecided = [torch.tensor(loss, device=device) for loss in state["undecided"]]
     if checkpoint.is_whole(training.log.checkpoints / "best"):
         training.best = state["best"]
     training.validation_perplexity = state["validation_perplexity"]

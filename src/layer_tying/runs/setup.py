@@ -62,10 +62,10 @@ def starting_point(
     if config.policy in DECIDING:
         start = best_checkpoint(config).tying if config.task else _initial(config, allowed)
         if config.policy == "random":
-            return start, RandomPolicy(config.seed)
+            return start, _settling(RandomPolicy(config.seed), config)
         if config.policy == "bandit":
-            return start, _bandit(config, num_steps)
-        return start, DQN(config.nlayers, seed=config.seed)
+            return start, _settling(Bandit(price=config.layer_price, seed=config.seed), config)
+        return start, _settling(DQN(seed=config.seed), config)
     if config.policy == "recorded":
         start, *later = recorded_tyings(config)
         return start, Schedule(later)
@@ -90,11 +90,9 @@ def settles_at(config: TrainConfig, num_steps: int) -> int:
     return math.ceil((1 - (config.settle or 0.0)) * num_steps)
 
 
-def _bandit(config: TrainConfig, num_steps: int) -> Bandit:
-    num_decisions = math.ceil(settles_at(config, num_steps) / config.every)
-    return Bandit(
-        config.nlayers, num_decisions=num_decisions, price=config.layer_price, seed=config.seed
-    )
+def _settling(policy: Policy, config: TrainConfig) -> Policy:
+    policy.settles = config.settle or 0.0
+    return policy
 
 
 def rules(config: TrainConfig, model_config: PretrainedConfig) -> Rules:

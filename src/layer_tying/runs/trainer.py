@@ -25,7 +25,7 @@ from layer_tying.models.families import residual_outputs
 from layer_tying.policies.base import Policy
 from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.folder import RunLog, decision_line, late_reward
+from layer_tying.runs.folder import RunLog, decision_line
 from layer_tying.runs.memory import ModelState, model_state, peak_bytes
 from layer_tying.runs.source import best_checkpoint, load_backbone
 from layer_tying.runs.statistics import Stopwatch, Tally
@@ -76,7 +76,7 @@ class Training:
             self.model,
             self.optimizer,
             gradient=config.gradient,  # type: ignore[arg-type]
-            moments=config.moments,  # type: ignore[arg-type]
+            optimizer_state=config.moments,  # type: ignore[arg-type]
             inherit=inherit,
         )
         self.layers: Layers = self.storage
@@ -92,19 +92,17 @@ class Training:
         self.clock = Stopwatch(accelerator.device)
         self.state: ModelState | None = None  # what is held; None after it may have changed
         self.losses: list[torch.Tensor] = []  # of the steps since the last logged one
-        self.undecided: list[torch.Tensor] = []  # losses of the steps since the last decision
+        self.last_loss: torch.Tensor | None = None  # of the newest step
         self.best: dict[str, float] = {"step": 0, "loss": math.inf}
         self.validation_perplexity = math.nan
 
     def _put_in_charge(self, policy: Policy) -> DynamicTying:
-        return DynamicTying(
-            self.model,
-            self.optimizer,
+        return DynamicTying.over(
+            self.layers,
+            policy,
+            self.num_steps,
             every=self.config.every,
-            policy=policy,
-            initial="keep",
             max_independent=self.rules.max_independent,
-            layers=self.layers,
         )
 
     @property
@@ -131,32 +129,24 @@ class Training:
             self.state = model_state(self.model, [self.optimizer])
         self.optimizer.zero_grad()
         tokens = self.workload.tokens_per_batch * self.config.accumulate
-        self.undecided.append(total)
+        self.last_loss = total
         self.tally.add_step(tokens, self.layers.tying.num_independent, self.state)
         return total
 
     def decide(self) -> None:
         """Lines 7-27, where they are due."""
-        if self.tying is None or self.step > setup.settles_at(self.config, self.num_steps):
-            self.undecided.clear()
+        if self.tying is None:
             return
-        if not self.tying.decision_is_due:
-            self.tying.step(self._reward)
-            return
-        self.clock.lap("train")
+        is_due = self.tying.decision_is_due
         index = self.tying.num_steps // self.config.every
-        reward, of_the_last = self._reward, {}
-        if self.config.reward == "training-loss":  # the last decision's, of what was trained since
-            late = self.tying.learn(-float(torch.stack(self.undecided).mean()))
-            reward, of_the_last = None, late_reward(*late)
-        self.undecided.clear()
-        decision = self.tying.step(reward)
-        assert decision is not None
-        spacing = max(1, self.num_steps // self.config.every // LOGGED_Q_VALUES)
-        line = decision_line(decision, with_q=index % spacing == 0)
-        self.log.decision(**line | of_the_last)
-        self.state = None
-        self.clock.lap("decide")
+        if is_due:
+            self.clock.lap("train")
+        decision = self.tying.step(self.last_loss, self._reward)
+        if decision:
+            spacing = max(1, self.num_steps // self.config.every // LOGGED_Q_VALUES)
+            self.log.decision(**decision_line(decision, with_q=index % spacing == 0))
+            self.state = None
+            self.clock.lap("decide")
 
     def _reward(self) -> float:
         """Lines 20-21: minus the (log-)perplexity of a fresh training batch, or the accuracy."""
