@@ -324,9 +324,11 @@ def test_weights_that_are_gone_on_with_are_not_divided(initial):
 
 def test_a_model_whose_residual_outputs_are_unknown_names_them():
     model = Plain()
-    with pytest.raises(InputError, match="residual_outputs names the modules .* out of norm, att"):
+    with pytest.raises(InputError, match=r"residual_outputs names the modules .* out of norm, att"):
         DynamicTying(model, None, total_steps=100)
-    assert len({id(p) for p in model.blocks.parameters()}) == 6 * len(list(model.blocks[0].parameters()))
+    assert len({id(p) for p in model.blocks.parameters()}) == 6 * len(
+        list(model.blocks[0].parameters())
+    )
     outputs = ["attention", "feed_forward.1"]
     tying = DynamicTying(model, None, total_steps=100, residual_outputs=outputs)
     assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
@@ -334,7 +336,9 @@ def test_a_model_whose_residual_outputs_are_unknown_names_them():
 
 def test_a_policy_that_learns_from_losses_asks_for_them():
     tying = DynamicTying(gpt2(), None, total_steps=100)
-    with pytest.raises(InputError, match=r"Bandit learns from the training losses: call step\(loss\)"):
+    with pytest.raises(
+        InputError, match=r"Bandit learns from the training losses: call step\(loss\)"
+    ):
         tying.step()
 
 

@@ -115,7 +115,15 @@ class DynamicTying:
         options.setdefault("inherit", policy.inherit)
         layers = TiedLayers(model, optimizer, **options)
         outputs = options.get("residual_outputs")
-        self._begin(layers, policy, total_steps, every, initial, max_independent, outputs)
+        self._begin(
+            layers,
+            policy,
+            total_steps=total_steps,
+            every=every,
+            initial=initial,
+            max_independent=max_independent,
+            residual_outputs=outputs,
+        )
 
     @classmethod
     def over(
@@ -129,18 +137,21 @@ class DynamicTying:
     ) -> DynamicTying:
         """Let a policy decide over layers that are prepared already, from the tying they have."""
         self = cls.__new__(cls)
-        self._begin(layers, policy, total_steps, every, "keep", max_independent, None)
+        self._begin(
+            layers, policy, total_steps=total_steps, every=every, max_independent=max_independent
+        )
         return self
 
     def _begin(
         self,
         layers: Layers,
         policy: Policy,
+        *,
         total_steps: int | None,
         every: int,
-        initial: str | Tying | None,
         max_independent: int | None,
-        residual_outputs: Sequence[str] | None,
+        initial: str | Tying | None = "keep",
+        residual_outputs: Sequence[str] | None = None,
     ) -> None:
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")

@@ -152,13 +152,13 @@ def test_verify_notices_a_layer_that_trains_though_it_should_not():
     model = gpt2(NUM_LAYERS)
     layers, _ = frozen_layers(model, copies=False)
     blocks_of(model)[3].ln_1.weight.requires_grad_(True)
-    with pytest.raises(InvariantError, match="layer [0-9] should be"):
+    with pytest.raises(InvariantError, match=r"layer \d should be"):
         layers.verify()
 
 
 def test_dynamic_tying_decides_over_layers_that_were_prepared():
     model = gpt2(NUM_LAYERS)
-    layers, optimizer = frozen_layers(model, copies=False)
+    layers, _ = frozen_layers(model, copies=False)
     schedule = Schedule([Tying((0, 0, 2, 2, 2))])
     tying = DynamicTying.over(layers, schedule, every=1)
     assert tying.layers is layers

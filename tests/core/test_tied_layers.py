@@ -138,7 +138,9 @@ def test_a_tying_that_does_not_fit_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "options", [{"gradient": "mean"}, {"moments": "zero"}], ids=["gradient", "moments"]
+    "options",
+    [{"gradient": "mean"}, {"optimizer_state": "zero"}],
+    ids=["gradient", "optimizer state"],
 )
 def test_unknown_options_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options.values()))):

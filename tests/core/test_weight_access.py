@@ -1,6 +1,7 @@
 """The two gradient modes, against untied copies of equal weights."""
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -253,3 +254,79 @@ def test_untied_parameters_learn_at_every_position_in_owner_mode():
     TiedLayers(model, untied=["norm.*"], gradient="owner").apply(Tying.all_tied(6))
     loss_of(model).backward()
     assert all(block.norm.weight.grad.abs().sum() > 0 for block in model.blocks)
+
+
+# Residual scaling
+
+OUTPUTS = {
+    Plain: ["attention", "feed_forward.1"],
+    gpt2: ["attn.c_proj", "mlp.c_proj"],
+    llama: ["self_attn.o_proj", "mlp.down_proj"],
+}
+
+
+@pytest.mark.parametrize("gradient", CONTRIBUTES)
+@pytest.mark.parametrize("make", MODELS)
+def test_scaled_outputs_are_those_of_an_untied_copy_with_divided_weights(make, gradient):
+    """A linear map whose output is multiplied by 1/n is one whose weights were divided by n."""
+    torch.manual_seed(0)
+    tying = Tying((0, 1, 0, 1, 4, 4))  # two uses each: 1/2 is exact
+    scaled, divided = make().double(), make().double()
+    options = {"gradient": gradient, "residual_scaling": 1.0, "residual_outputs": OUTPUTS[make]}
+    layers = TiedLayers(scaled, **options)
+    layers.apply(tying)
+    layers.verify()
+    divided.load_state_dict(scaled.state_dict())
+    names = ["attention.out_proj", "feed_forward.1"] if make is Plain else OUTPUTS[make]
+    with torch.no_grad():
+        for block in blocks_of(divided):
+            for name in names:
+                for parameter in block.get_submodule(name).parameters():
+                    parameter.div_(2)
+    losses = loss_of(scaled), loss_of(divided)
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    of = [dict(block.named_parameters()) for block in blocks_of(divided)]
+    for owner, users in tying.groups.items():
+        for name, parameter in blocks_of(scaled)[owner].named_parameters():
+            share = 0.5 if name.rpartition(".")[0] in names else 1.0
+            contributing = [i for i in users if CONTRIBUTES[gradient](i, owner)]
+            expected = sum(share * of[i][name].grad for i in contributing)
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_the_factor_follows_the_tying_and_the_power():
+    model = gpt2()
+    plain = copy.deepcopy(model)
+    layers = TiedLayers(model, residual_scaling=0.5, residual_outputs=OUTPUTS[gpt2])
+    layers.apply(Tying((0, 0, 0, 0, 4, 5)))
+    projection = model.transformer.h[2].mlp.c_proj
+    x = torch.randn(3, 64)
+    expected = plain.transformer.h[0].mlp.c_proj(x) / 2  # four uses, to the power 0.5
+    torch.testing.assert_close(projection(x), expected)
+    layers.apply(Tying.independent(6))
+    assert torch.equal(projection(x), plain.transformer.h[0].mlp.c_proj(x))
+    assert not projection._forward_hooks or len(projection._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_scaled_model_computes_the_same(copied):
+    model = llama()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS[llama], "gradient": "owner"}
+    TiedLayers(model, **options).apply(Tying((0, 1, 0, 1, 0, 1)))
+    assert torch.equal(loss_of(copied(model)), loss_of(model))
+    assert {*dict(copied(model).named_parameters())} == {*dict(model.named_parameters())}
+
+
+def test_scaling_holds_in_torchs_fast_path_for_inference():
+    """``TransformerEncoderLayer`` computes without calling its parts, unless they have hooks."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4)
+    options = {"residual_scaling": 1.0, "residual_outputs": ["self_attn", "linear2"]}
+    TiedLayers(model, **options).apply(Tying.all_tied(4))
+    x = torch.randn(2, 3, 8)
+    expected = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)

@@ -111,7 +111,13 @@ def callback(**changes) -> DynamicTyingCallback:
 def history(run: Trainer) -> list[dict[str, object]]:
     """All that is logged but times, and the run's name."""
     kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step")
-    kept += ("tying", "tying_reward", "tying_epsilon", "independent_layers")
+    kept += (
+        "tying",
+        "tying_previous_reward",
+        "tying_reward",
+        "tying_epsilon",
+        "independent_layers",
+    )
     entries = [{key: entry.get(key) for key in kept} for entry in run.state.log_history]
     return [entry for entry in entries if len([v for v in entry.values() if v is not None]) > 1]
 
@@ -163,7 +169,8 @@ def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
         assert len(owners) == 1 + STEPS // 2 // 2, "half of the run is settled"
     else:
         assert len(owners) == STEPS // 2 + 1 and len({tuple(o) for o in owners}) > 3
-    rewards = [e for e in history(whole) if e["tying_reward"] is not None]
+    kind = "tying_previous_reward" if name == "bandit" else "tying_reward"
+    rewards = [entry for entry in history(whole) if entry[kind] is not None]
     assert bool(rewards) == (name != "random, pretrained")
 
 

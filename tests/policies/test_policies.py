@@ -111,8 +111,7 @@ def test_its_expected_number_of_independent_layers_is_the_harmonic_number(num_la
     assert round(harmonic, 2) == printed
     policy, state = ready(RandomPolicy(), num_layers), Tying.all_tied(num_layers)
     drawn = [
-        Tying.from_action(policy.act(state)).num_independent
-        for _ in range(36_000 // num_layers)
+        Tying.from_action(policy.act(state)).num_independent for _ in range(36_000 // num_layers)
     ]
     error = np.std(drawn) / np.sqrt(len(drawn))
     assert abs(np.mean(drawn) - harmonic) < 4 * error
@@ -125,9 +124,7 @@ def test_the_same_seed_draws_the_same_and_a_saved_state_goes_on():
     assert drawn == [same.act(state) for _ in range(10)]
     assert drawn != [other.act(state) for _ in range(10)]
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert [one.act(state) for _ in range(10)] == [
-        other.act(state) for _ in range(10)
-    ]
+    assert [one.act(state) for _ in range(10)] == [other.act(state) for _ in range(10)]
 
 
 # Budgets

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ready_policies import ready
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
 
-from layer_tying.core.tying import Rules, Tying
+from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.policies.simple import Schedule
 from layer_tying.runs.train import train

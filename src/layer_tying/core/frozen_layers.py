@@ -89,8 +89,9 @@ class FrozenLayers:
             for name, parameter in self.parameters(layer).items():
                 is_frozen = not parameter.requires_grad and parameter.grad is None
                 if is_frozen != (layer in self.frozen):
-                    raise InvariantError(f"{name} of layer {layer} should be the other of frozen "
-                                         f"and trainable")
+                    raise InvariantError(
+                        f"{name} of layer {layer} should be the other of frozen and trainable"
+                    )
 
     def _set_trainable(self, thawed: set[int], frozen: set[int]) -> None:
         for layer in thawed:

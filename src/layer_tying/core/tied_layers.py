@@ -136,9 +136,9 @@ class TiedLayers:
 
         A layer that becomes independent goes on from the weights it used (the model computes the
         same function, unless others join it and ``inherit`` is ``"majority"``); a layer that is
-        tied drops its own weights, gradient and optimizer state. What is dropped is freed before anything
-        is copied, and nothing is copied that could be taken over: memory never rises above the
-        larger of before and after.
+        tied drops its own weights, gradient and optimizer state. What is dropped is freed before
+        anything is copied, and nothing is copied that could be taken over: memory never rises above
+        the larger of before and after.
 
         Call it between optimizer steps, with gradients cleared.
 
@@ -252,7 +252,9 @@ class TiedLayers:
     def _layers_that_lose_state(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
         """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
         keeping = {
-            source for owner, (source, _) in sources.items() if self._copies_state or owner == source
+            source
+            for owner, (source, _) in sources.items()
+            if self._copies_state or owner == source
         }
         return set(self.tying.independent_layers) - keeping
 

@@ -77,9 +77,7 @@ def _detached_names(module_class: type[nn.Module]) -> tuple[str, ...]:
 
 
 @cache
-def _reading(
-    plain: type[nn.Module], detached: tuple[str, ...], is_scaled: bool
-) -> type[nn.Module]:
+def _reading(plain: type[nn.Module], detached: tuple[str, ...], is_scaled: bool) -> type[nn.Module]:
     """One subclass for all modules that read alike, so that they share compiled code."""
 
     def reduced(self: nn.Module, protocol: Any) -> tuple[object, ...]:

@@ -88,8 +88,8 @@ class DynamicTyingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
     ) -> None:
         """Tie the layers: the optimizer exists, and has loaded what the Trainer resumes from."""
-        model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
         _refuse_devices(args)
+        model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
         if self._options["policy"].reward == "evaluation":
             _refuse_reward(args, self._reward, at_hand["train_dataloader"])
         sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -260,6 +260,7 @@ def _log_entry(decision: Decision) -> dict[str, Any]:
     return {
         "tying": list(decision.state),
         "tying_reward": decision.reward,
+        "tying_previous_reward": decision.previous_reward,
         "tying_event": decision.event,
         "tying_epsilon": decision.statistics.get("epsilon"),
         "independent_layers": len(set(decision.state)),

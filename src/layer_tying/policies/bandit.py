@@ -3,9 +3,9 @@
 Every layer is independent, or uses the weights of the layer before it. The reward of a tying is
 modelled as ``trend(t) + sum of w[i]`` over its independent layers i > 0, where the trend is a
 random walk with a level and a slope. A Kalman filter keeps the Gaussian posterior of all of these
-from one reward to the next, so that the general fall of the loss is credited to no layer. Decisions are drawn by
-Thompson sampling (Thompson 1933; for linear rewards Agrawal and Goyal 2013) and change one group's
-border at most; the last one takes what is best by the posterior's mean. NumPy only.
+from one reward to the next, so that the general fall of the loss is credited to no layer. Decisions
+are drawn by Thompson sampling (Thompson 1933; for linear rewards Agrawal and Goyal 2013) and change
+one group's border at most; the last one takes what is best by the posterior's mean. NumPy only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from layer_tying.core.tying import Rules, Tying
 from layer_tying.core.patterns import pattern
+from layer_tying.core.tying import Rules, Tying
 from layer_tying.errors import InputError
 from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
 

@@ -51,9 +51,7 @@ def save(training: Training) -> None:
     training.clock.lap("save")
 
 
-def _write_checkpoint(
-    training: Training, rng: list[dict[str, Any]], state: dict[str, Any]
-) -> None:
+def _write_checkpoint(training: Training, rng: list[dict[str, Any]], state: dict[str, Any]) -> None:
     checkpoint.save_checkpoint(
         checkpoint.step_folder(training.log.checkpoints, training.step),
         training.model,
