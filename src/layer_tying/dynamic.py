@@ -26,6 +26,7 @@ from layer_tying.core.residual_scale import divide_initial_weights, residual_mod
 from layer_tying.core.tied_layers import Options, TiedLayers
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.errors import InputError
+from layer_tying.models.families import FAMILIES
 from layer_tying.policies import make_policy
 from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
 
@@ -349,7 +350,6 @@ def _detached(loss: Tensor | float | None, policy: Policy) -> Tensor:
 
 def _known_residual_outputs(model: nn.Module) -> Sequence[str]:
     """The modules that write to the residual stream, of a model of transformers that we know."""
-    from layer_tying.models.build import OUTPUT_PROJECTIONS
-
     config = getattr(model, "config", None)  # of a model of transformers
-    return OUTPUT_PROJECTIONS.get(getattr(config, "model_type", ""), ())
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    return family.residual_outputs if family else ()

@@ -236,7 +236,7 @@ def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
     models = build(kind), build(kind)
     layers = TiedLayers(models[1])
     outputs = residual_outputs(models[1].config.model_type)
-    damp_shared_layers(layers, [f"{name}.*" for name in outputs])
+    divide_initial_weights(layers.stack, layers.tying, outputs)
     once, damped = map(parameters_of_layers, models)
     uses = {0: 3, 2: 1}
     for layer, number in uses.items():

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from layer_tying.core import distributed
 from layer_tying.core.frozen_layers import FrozenLayers
-from layer_tying.core.residual_scale import damp_shared_layers
+from layer_tying.core.find import find_layers
+from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.batches import rows_of_rank
@@ -63,8 +64,8 @@ class Training:
             device=accelerator.device,
         )
         if damped:
-            outputs = [f"{n}.*" for n in residual_outputs(self.model.config.model_type)]
-            damp_shared_layers(TiedLayers(self.model), outputs)
+            outputs = residual_outputs(self.model.config.model_type)
+            divide_initial_weights(find_layers(self.model), start, outputs)
         self.model.config.use_cache = False
         setup.choose_attention(self.model, config)
         if config.task:
