@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from layer_tying.core import distributed
-from layer_tying.core.frozen_layers import FrozenLayers
 from layer_tying.core.find import find_layers
+from layer_tying.core.frozen_layers import FrozenLayers
 from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
