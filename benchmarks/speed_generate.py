@@ -19,7 +19,8 @@ from common import (
 )
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from layer_tying.saving.export import COMPACT, export_compact, export_expanded, load
+from layer_tying.saving.export import COMPACT, export_compact, export_expanded
+from layer_tying.saving.load import load
 
 PROMPT, NEW = 16, 32  # tokens
 FORMATS = ("compact", "expanded")

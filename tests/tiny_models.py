@@ -129,3 +129,21 @@ def random_action(rng, num_layers: int) -> list[int]:
 
 def random_tying(rng, num_layers: int) -> Tying:
     return Tying.from_action(random_action(rng, num_layers))
+
+
+class Plainest(nn.Module):
+    """Not one of transformers' models, yet the Trainer takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.head = nn.Linear(8, 40)
+
+    def forward(self, input_ids, labels=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        logits = self.head(x)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}

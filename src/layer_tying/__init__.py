@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from layer_tying.integrations.trainer import DynamicTyingCallback
     from layer_tying.runs.config import TrainConfig
     from layer_tying.runs.train import train
-    from layer_tying.saving.export import export_compact, export_expanded, load
+    from layer_tying.saving.export import export_compact, export_expanded
+    from layer_tying.saving.load import load
 
 __all__ = [
     "DQN",
@@ -59,7 +60,7 @@ _HOME = {
     "TrainConfig": "runs.config",
     "export_compact": "saving.export",
     "export_expanded": "saving.export",
-    "load": "saving.export",
+    "load": "saving.load",
     "shard_tied_layers": "core.sharding",
     "train": "runs.train",
 }

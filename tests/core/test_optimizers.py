@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from checks import fake_step
-from test_trainer_callback import Plainest
-from tiny_models import gpt2, llama, loss_of, random_tying, tokens
+from tiny_models import Plainest, gpt2, llama, loss_of, random_tying, tokens
 from tolerance import assert_close
 from torch import nn
 from torch.optim import Optimizer

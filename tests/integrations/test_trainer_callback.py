@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import gpt2, llama, tokens
+from tiny_models import Plainest, gpt2, llama, tokens
 from tolerance import assert_close
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -50,24 +50,6 @@ class Verify(TrainerCallback):
         self.owners.append(dynamic.tying.owners)
         if state.global_step == self.stop_at:
             control.should_training_stop = True
-
-
-class Plainest(nn.Module):
-    """Not one of transformers' models, yet the Trainer takes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 8)
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
-        self.head = nn.Linear(8, 40)
-
-    def forward(self, input_ids, labels=None):
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        logits = self.head(x)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "logits": logits}
 
 
 def with_dropout() -> transformers.GPT2LMHeadModel:

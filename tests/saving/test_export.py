@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from layer_tying import InputError, TiedLayers, Tying, export_compact, export_expanded, load
 from layer_tying.cli import main
+from layer_tying.core.settings import TyingSettings, remember_settings, settings_of
 from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.runs.train import train
 from layer_tying.saving.export import COMPACT
@@ -227,6 +229,49 @@ def test_the_gradient_mode_makes_no_difference(tmp_path):
     export_expanded(model, tmp_path / "expanded")
     plain = CLASSES["gpt2"].from_pretrained(tmp_path / "expanded")
     assert_close(logits(load(tmp_path / "compact"), "gpt2"), logits(plain, "gpt2"))
+
+
+# What goes with a model
+
+
+def test_a_compact_export_says_how_the_layers_were_tied(tmp_path):
+    model = trained("gpt2", True)
+    said = TyingSettings(policy="bandit", gradient="owner", untied=("*ln*",), residual_scaling=0.5)
+    remember_settings(model, said)
+    export_compact(model, tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    assert replace(settings_of(loaded), owners=()) == said
+    export_compact(loaded, tmp_path / "two")
+    with safe_open(tmp_path / "two" / COMPACT, "pt") as file:
+        assert TyingSettings.from_json(file.metadata()["layer_tying_settings"]).policy == "bandit"
+
+
+def test_a_model_that_nothing_was_said_of_has_the_defaults(tmp_path):
+    export_compact(trained("gpt2", True), tmp_path)
+    assert settings_of(load(tmp_path)) == TyingSettings(owners=SOME_TIED.owners)
+
+
+def test_an_expanded_export_has_residual_scaling_in_its_weights(tmp_path):
+    model = trained("gpt2", True)
+    remember_settings(
+        model, TyingSettings(residual_scaling=1, residual_outputs=("attn.c_proj", "mlp.c_proj"))
+    )
+    export_expanded(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    uses = {0: 3, 1: 3, 2: 1, 3: 3}
+    for layer, number in uses.items():
+        for name in ("attn.c_proj.weight", "mlp.c_proj.bias", "attn.c_attn.weight"):
+            ours = model.get_parameter(f"transformer.h.{layer}.{name}")
+            factor = 1 / number if "c_proj" in name else 1
+            assert_close(stored[f"transformer.h.{layer}.{name}"], ours * factor)
+
+
+def test_settings_make_a_round_trip_through_json():
+    settings = TyingSettings((0, 0, 2), "dqn", ("encoder", "decoder"), ("*norm*",), True, "owner")
+    assert TyingSettings.from_json(settings.to_json()) == settings
+    for text in ("{", '{"colour": 1}'):
+        with pytest.raises(InputError, match="not the settings of a tying"):
+            TyingSettings.from_json(text)
 
 
 # What is broken or foreign

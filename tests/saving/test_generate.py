@@ -10,7 +10,7 @@ from layer_tying.cli import main
 from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
 from layer_tying.models.build import build_model
 from layer_tying.saving.checkpoint import save_checkpoint
-from layer_tying.saving.export import export_run
+from layer_tying.saving.export_run import export_run
 from layer_tying.saving.generate import generate
 
 pytestmark = pytest.mark.numerics

@@ -49,7 +49,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 def _export(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from layer_tying.saving.export import export_run
+    from layer_tying.saving.export_run import export_run
 
     logging.disable_progress_bar()
     made = export_run(options.folder, options.output, options.format, options.export_dtype)

@@ -1,1 +1,1 @@
-"""Texts, tokens, images, GLUE and batches. No torch."""
+"""Texts, tokens, images, GLUE, generated sequences, and batches. No torch."""

@@ -23,7 +23,8 @@ class DataConfig:
     """
 
     dataset: str = ""
-    """a data set's name, or the path of a text file or folder (default: pydocs; vit: digits)"""
+    """a data set's name, khop:K, hub:OWNER/NAME, or the path of a file or folder (default: pydocs;
+    vit: digits)"""
     data_dir: str | None = None
     """where local data sets lie (else $LAYER_TYING_DATA)"""
     tokenizer: str = "bytes"

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layer_tying.core.settings import TyingSettings, settings_of
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
-FORMAT = "layer-tying checkpoint 1"
+FORMAT = "layer-tying checkpoint 2"
 STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
 SUMS = "SHA256SUMS"
 
@@ -40,6 +41,7 @@ class Checkpoint:
         folder: where it lies.
         step: optimizer steps done.
         tying: the tying of the saved weights.
+        settings: how the layers were tied.
         config: the run's configuration, as JSON-able values.
         facts: anything else JSON-able that was saved.
     """
@@ -47,6 +49,7 @@ class Checkpoint:
     folder: Path
     step: int
     tying: Tying
+    settings: TyingSettings
     config: dict[str, Any]
     facts: dict[str, Any]
 
@@ -112,6 +115,7 @@ def save_checkpoint(
             "format": FORMAT,
             "step": step,
             "owners": list(tying.owners),
+            "settings": asdict(replace(settings_of(model), owners=tying.owners)),
             "config": dict(config),
             "facts": dict(facts or {}),
             "training": tree,
@@ -144,7 +148,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"{folder} is not a checkpoint of this program ({FORMAT!r})")
         tying = Tying(tuple(state["owners"]))
-        return Checkpoint(folder, state["step"], tying, state["config"], state["facts"])
+        settings = TyingSettings.from_dict(state["settings"])
+        return Checkpoint(folder, state["step"], tying, settings, state["config"], state["facts"])
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}: {STATE} is not of this program ({error!r})") from None
     except OSError as error:

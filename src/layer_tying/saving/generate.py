@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.errors import InputError
-from layer_tying.saving.export import load, tokenizer_of
+from layer_tying.saving.export_run import tokenizer_of
+from layer_tying.saving.load import load
 
 USUAL_LENGTH = 100  # new tokens, where none are asked for and the context has room
 

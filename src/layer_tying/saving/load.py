@@ -1,0 +1,125 @@
+"""Loading a compact export, or the best weights of a run: no weight is ever allocated twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from layer_tying.core.settings import TyingSettings, remember_settings
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.errors import InputError
+from layer_tying.models.build import allocate, lay_out, replace_tensors
+from layer_tying.saving.checkpoint import check_fit, read_checkpoint, unique_tensors
+from layer_tying.saving.export import COMPACT, METADATA, SETTINGS, one_line
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a compact export, or a run's best weights, shared in memory as they were.
+
+    A model of transformers is built from its configuration, without drawing random weights or
+    allocating any that is shared; it comes on the CPU and in eval mode. What was said of its tying
+    is remembered: ``TiedLayers(load(folder))`` goes on as before.
+
+    Args:
+        folder: a compact export, or a run folder of ``layer-tying train``.
+        model: the built model where it is not one of transformers; its layers need not be tied. Its
+            weights are replaced, on its device, and it is returned.
+
+    Raises:
+        InputError: if the folder is neither, is damaged, or is of another model.
+    """
+    folder = Path(folder)
+    if (folder / COMPACT).is_file():
+        tensors, aliases, settings = _read_compact(folder / COMPACT)
+        model = lay_out(_read_config(folder)).eval() if model is None else model
+        _share(model, aliases, folder)
+        remember_settings(model, settings)
+    elif (folder / "checkpoints" / "best").is_dir():
+        best = read_checkpoint(folder / "checkpoints" / "best")
+        tensors = best.weights()
+        model = lay_out(_config_of(best.facts, folder)).eval() if model is None else model
+        remember_settings(model, best.settings)
+        TiedLayers(model).apply(best.tying)
+    else:
+        raise InputError(
+            f"{folder} is neither a run with a best checkpoint nor a compact export "
+            f"(a plain transformers folder is loaded by from_pretrained)"
+        )
+    _put_in(model, tensors, folder)
+    if isinstance(model, PreTrainedModel) and (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _read_compact(file: Path) -> tuple[dict[str, Tensor], dict[str, str], TyingSettings]:
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        aliases = json.loads(metadata[METADATA])
+        settings = TyingSettings.from_json(metadata[SETTINGS])
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is damaged: {one_line(error)}") from None
+    except (KeyError, ValueError):
+        raise InputError(f"{file} says nothing of shared weights: not a compact export") from None
+    return tensors, aliases, settings
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{folder} has no {CONFIG}: build the model yourself and pass it, load(folder, model)"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be used: {one_line(error)}") from None
+
+
+def _config_of(facts: Mapping[str, Any], folder: Path) -> PretrainedConfig:
+    if "model" not in facts:
+        raise InputError(f"{folder} does not hold its model's configuration: train it again")
+    return AutoConfig.for_model(**facts["model"])
+
+
+def _share(model: nn.Module, aliases: Mapping[str, str], folder: Path) -> None:
+    """Make each name stand for the tensor of another."""
+    for name, stored_name in aliases.items():
+        path, _, attribute = name.rpartition(".")
+        source_path, _, source = stored_name.rpartition(".")
+        try:
+            here, there = model.get_submodule(path), model.get_submodule(source_path)
+            places = "_parameters" if source in there._parameters else "_buffers"
+            getattr(here, places)[attribute] = getattr(there, places)[source]
+        except (AttributeError, KeyError):
+            raise InputError(f"{folder} is of another model: this one has no {name}") from None
+
+
+def _put_in(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Put saved tensors in a model's place for them, and compute the buffers that are not saved."""
+    old = unique_tensors(model)
+    check_fit(tensors, old, folder)
+    new: dict[Tensor, Tensor] = {}
+    for name, before in old.items():
+        tensor = tensors[name] if before.is_meta else tensors[name].to(before.device)
+        is_parameter = isinstance(before, nn.Parameter)
+        new[before] = nn.Parameter(tensor, before.requires_grad) if is_parameter else tensor
+        new[before]._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps it from being drawn
+    replace_tensors(model, new)
+    lacking = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if lacking and not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"{folder} does not hold the buffer {lacking[0]}: build the model on a CPU"
+        )
+    if lacking:
+        allocate(model, torch.device("cpu"), torch.float32)
+        model.init_weights()  # type: ignore[operator]
