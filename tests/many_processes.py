@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from small_runs import SERVER
+from small_runs import PATIENCE, SERVER
 
 SERVER.set_forkserver_preload(
     ["layer_tying.runs.train", "layer_tying.report", "layer_tying.core.sharding", "tiny_models"]
@@ -36,7 +36,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: int = 60) -> list:
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list:
     """What the function returned, or the exception it raised, on each rank; or ``Died``."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(timeout)
+            process.join(PATIENCE)
         hung = [process for process in processes if process.exitcode is None]
         for process in hung:
             process.kill()

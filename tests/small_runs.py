@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from layer_tying.runs.config import TrainConfig
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "sun", "red")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["layer_tying.runs.train", "layer_tying.report"])
+PATIENCE = 600  # seconds until a process counts as hung, however busy the machine is
 NOT_REPEATABLE = ("seconds", "peak_memory_bytes")  # of metrics.jsonl
 
 
@@ -57,7 +59,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, **options: Any) ->
 
 
 def _exit_code(process: Any) -> int:
-    process.join(120)
+    process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
         raise TimeoutError("it hangs")
@@ -79,6 +81,11 @@ def train_until(
 
 def signal_at(function: str, call: int, signal_number: int) -> None:
     """Replace a function, or a method, by one that sends a signal before its n-th call."""
+    before_call(function, call, lambda: signal.raise_signal(signal_number))
+
+
+def before_call(function: str, call: int, action: Callable[[], object]) -> None:
+    """Replace a function, or a method, by one that does something before its n-th call."""
     path, _, name = function.rpartition(".")
     module, _, class_name = path.partition(":")
     owner: Any = importlib.import_module(module)
@@ -89,7 +96,7 @@ def signal_at(function: str, call: int, signal_number: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            signal.raise_signal(signal_number)  # delivered when it returns, unlike by os.kill
+            action()
         return original(*arguments, **options)
 
     setattr(owner, name, counting)
@@ -151,13 +158,33 @@ def traces_of(folder: Path) -> dict[str, Any]:
 
 
 class Command:
-    """The command in a process of its own, started in a folder that its output goes to."""
+    """The command in a process of its own, started in a folder that its output goes to.
 
-    def __init__(self, *arguments: str, cwd: Path, file_limit: int = -1) -> None:
+    With ``hold_at``, a function and a number, it waits before that call until it is sent a signal.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        cwd: Path,
+        file_limit: int = -1,
+        hold_at: tuple[str, int] | None = None,
+    ) -> None:
         self._output = cwd / "stdout", cwd / "stderr"
-        options = arguments, cwd, self._output, file_limit
+        self._pipe, its_end = SERVER.Pipe()
+        hold = (*hold_at, its_end) if hold_at else None
+        options = arguments, cwd, self._output, file_limit, hold
         self.process = SERVER.Process(target=_command, args=options)
         self.process.start()
+        its_end.close()
+
+    def send(self, signal_number: int) -> None:
+        """Send a signal where the process is held, and let it go on."""
+        ready = wait([self._pipe, self.process.sentinel], PATIENCE)
+        assert self._pipe in ready and self.process.pid, "it did not get to where it is held"
+        self._pipe.recv()
+        os.kill(self.process.pid, signal_number)
+        self._pipe.send("go on")
 
     def ended(self) -> tuple[int, str, str]:
         """Wait for its end: the exit code, standard output and error."""
@@ -171,7 +198,11 @@ def run_command(*arguments: str, cwd: Path, file_limit: int = -1) -> tuple[int, 
 
 
 def _command(
-    arguments: tuple[str, ...], cwd: Path, output: tuple[Path, Path], file_limit: int
+    arguments: tuple[str, ...],
+    cwd: Path,
+    output: tuple[Path, Path],
+    file_limit: int,
+    hold: tuple[str, int, Connection] | None,
 ) -> None:
     from layer_tying.cli import main
 
@@ -179,4 +210,7 @@ def _command(
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(cwd)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+    if hold:
+        function, call, pipe = hold
+        before_call(function, call, lambda: (pipe.send("held"), pipe.recv()))
     sys.exit(main(arguments))

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ SMALL = (
     *("--precision", "fp32"),
 )
 FEW_STEPS = (*SMALL, "--max-steps", "12", "--every", "4", "--save-every", "6")
+SECOND_SAVE = ("layer_tying.runs.train.save", 2)  # when one checkpoint is there
 
 
 @pytest.fixture
@@ -112,9 +112,10 @@ def test_compare(here):
     flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
     flags += ("--budget-layers", "3", "--layer-price", "0.1")  # conventional training has neither
     none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
-    command = Command(*flags, cwd=here)
-    wait_for(lambda: any(none.glob("checkpoints/step-*")))
-    os.kill(command.process.pid, signal.SIGTERM)
+    command = Command(
+        *flags, cwd=here, hold_at=("layer_tying.runs.trainer:Training.train_step", 30)
+    )
+    command.send(signal.SIGTERM)
     code, _, err = command.ended()
     assert code == 130
     assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
@@ -144,13 +145,6 @@ def test_compare(here):
 # How it ends
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def left_alone(here, monkeypatch):
     """The traces of a run that nothing happens to, in this process."""
@@ -165,21 +159,19 @@ def left_alone(here, monkeypatch):
 
 
 def test_runs_stopped_from_outside_end_with_the_numbers_of_one_left_alone(here, left_alone):
-    """The real thing: another process, and whatever instant the signal happens to come."""
+    """The real thing: signals from another process, when there is something saved."""
     flags = ("train", *SMALL, "--max-steps", "80", "--every", "10", "--save-every", "10")
     expected = left_alone(*flags)
     assert expected["metrics"][-1]["step"] == 80
 
     killed = (*flags, "--exp", "killed")
-    with subprocess.Popen([sys.executable, "-m", "layer_tying", *killed], cwd=here) as process:
-        wait_for(lambda: any(here.glob("runs/killed/checkpoints/step-*")))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    command = Command(*killed, cwd=here, hold_at=SECOND_SAVE)
+    command.send(signal.SIGKILL)
+    assert command.ended()[0] == -signal.SIGKILL
 
     stopped = (*flags, "--exp", "stopped")
-    command = Command(*stopped, cwd=here)
-    wait_for(lambda: any(here.glob("runs/stopped/checkpoints/step-*")))
-    os.kill(command.process.pid, signal.SIGINT)
+    command = Command(*stopped, cwd=here, hold_at=SECOND_SAVE)
+    command.send(signal.SIGINT)
     code, _, err = command.ended()
     assert code == 130
     assert re.search(r"stopped at step \d+ of 80; .*--resume", err.splitlines()[-1])

@@ -67,7 +67,7 @@ def test_500_random_transitions_against_a_simulation(make):
 
 
 @pytest.mark.parametrize("make", MODELS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_untying_leaves_the_logits_unchanged_bitwise(make, data):
     """A transition in which groups only split changes no weight that any layer uses."""
@@ -255,7 +255,7 @@ def test_weights_are_loaded_through_any_of_their_names():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_group_goes_on_with_what_most_of_its_layers_used(seed, num_before, num_after):
     rng = random.Random(seed)
     model = Plain()

@@ -129,7 +129,6 @@ CASES = {
 }
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     options, changes = CASES[name]

@@ -103,7 +103,7 @@ def test_a_price_decides_how_many_there_are(seed):
 
 
 @given(st.integers(2, 9), st.integers(1, 9), st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_it_keeps_within_the_budget_and_moves_one_border_at_a_time(num_layers, budget, seed):
     rng = np.random.default_rng(seed)
     budget = min(budget, num_layers)

@@ -468,7 +468,6 @@ def test_storage_is_what_the_tying_says_after_every_step(tmp_path, text):
     assert len(seen) > 3
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_recomputing_activations_changes_no_number(tmp_path, text, family):
     config = small(tmp_path, family=family, gradient="owner", max_steps=8, dropout=0.1)
@@ -495,7 +494,6 @@ def test_bf16_trains_and_keeps_weights_in_single_precision(tmp_path, text):
         assert scores["perplexity"] == close_to(half[f"{split}_perplexity"])
 
 
-@pytest.mark.numerics
 def test_images(tmp_path):
     pytest.importorskip("sklearn")
     config = small(tmp_path, family="vit", dataset="digits", lr=0.003, batch_size=32)

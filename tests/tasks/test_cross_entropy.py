@@ -34,7 +34,7 @@ def plain(hidden, head, labels):
     return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     shape=st.sampled_from([(1,), (7,), (3, 5)]),
