@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -112,10 +114,9 @@ def test_compare(here):
     flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
     flags += ("--budget-layers", "3", "--layer-price", "0.1")  # conventional training has neither
     none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
-    command = Command(
-        *flags, cwd=here, hold_at=("layer_tying.runs.trainer:Training.train_step", 30)
-    )
-    command.send(signal.SIGTERM)
+    command = Command(*flags, cwd=here)
+    wait_for(command, lambda: any(none.glob("checkpoints/step-*")))
+    os.kill(command.process.pid, signal.SIGTERM)
     code, _, err = command.ended()
     assert code == 130
     assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
@@ -143,6 +144,13 @@ def test_compare(here):
 
 
 # How it ends
+
+
+def wait_for(command: Command, condition: Callable[[], bool]) -> None:
+    """Wait for what a process of the command's writes: it trains in processes of its own."""
+    while not condition():
+        assert command.process.is_alive()
+        time.sleep(0.005)
 
 
 @pytest.fixture
