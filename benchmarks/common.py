@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper import processor
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -26,6 +25,7 @@ from layer_tying.core.tying import Tying
 from layer_tying.models.build import build_model, transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
+from layer_tying.paper.results import processor
 from layer_tying.runs.folder import environment
 from layer_tying.runs.memory import peak_bytes, return_freed_memory
 from layer_tying.tasks.cross_entropy import language_model_loss

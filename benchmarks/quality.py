@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper import processor
 from quality_page import write_page
 from quality_rows import best_rate
 
 from layer_tying.data.texts import load_texts
 from layer_tying.errors import InputError
+from layer_tying.paper.results import processor
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.train import Interrupted, train
 

@@ -96,8 +96,8 @@ _VERDICTS = (
 )
 _AIMS = (
     "The targets: at most 1.00 of the best fixed pattern, of the start that is kept to the end and "
-    "of conventional training in one pass, 0.92 of it in many passes; less than random changes, which "
-    "settle when the bandit does; a size chosen by itself that no other method beats in both "
+    "of conventional training in one pass, 0.92 of it in many passes; less than random changes, "
+    "which settle when the bandit does; a size chosen by itself that no other method beats in both "
     "perplexity and mean model state; 2 % of the time for decisions. The rank correlation is that "
     "of what the bandit's worths say of the fixed patterns of neighbouring layers (so many in "
     "brackets) with the perplexities that these had."

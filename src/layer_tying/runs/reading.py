@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration by flat names, whatever group a setting belongs to."""
-        flat: dict[str, Any] = {}
-        for name, value in self.config.items():
-            flat |= value if isinstance(value, dict) else {name: value}
-        return flat
+        return flat_settings(self.config)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """One setting by its flat name, such as ``"nlayers"``; the default where it is absent."""
@@ -95,6 +93,14 @@ def read_run(path: Path) -> Run:
     )
     _check_states(run)
     return run
+
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their flat names, whatever group of a configuration they belong to."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def as_number(value: object) -> float:

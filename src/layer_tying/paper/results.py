@@ -1,0 +1,82 @@
+"""The results file of the paper's rows: the figures of each finished run, and how to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layer_tying.data.sources import ENVIRONMENT
+from layer_tying.files import write_text_whole
+from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.reading import flat_settings, read_run
+
+PLACES = ("data_dir", "output_dir", "source")  # settings that are of one machine
+
+
+def is_done(row: TrainConfig) -> bool:
+    """Whether the row's run has finished."""
+    return (row.folder / "summary.json").exists()
+
+
+def results_of(
+    rows: Mapping[str, TrainConfig], reasons: Mapping[str, str], scale: str
+) -> dict[str, Any]:
+    """The results so far: every finished row, and why the others that were tried failed."""
+    return {
+        "scale": scale,
+        "rows": [entry(name, row, scale) for name, row in rows.items() if is_done(row)],
+        "not_run": {name: reason for name, reason in reasons.items() if not is_done(rows[name])},
+    }
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the results file, whole or not at all."""
+    write_text_whole(path, json.dumps(results, indent=1) + "\n")
+
+
+def reasons_so_far(path: Path) -> dict[str, str]:
+    """Why rows could not be run earlier, by their names."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))["not_run"]
+
+
+def entry(name: str, row: TrainConfig, scale: str) -> dict[str, Any]:
+    """A finished row's figures, with all that it takes to measure them again."""
+    run = read_run(row.folder)
+    summary = dict(run.summary or {})
+    settings = {key: value for key, value in run.settings.items() if key not in PLACES}
+    command = f"OMP_NUM_THREADS=1 layer-tying recipe {name} --scale {scale}"
+    if settings["max_steps"] != flat_settings(json.loads(row.to_json()))["max_steps"]:
+        command += f" --max-steps {settings['max_steps']}"
+    return {
+        "row": name,
+        "command": command,
+        "seed": summary["seed"],
+        "versions": summary.pop("versions"),
+        "hardware": summary.pop("hardware") | {"processor": processor()},
+        "config": settings,
+        "summary": summary,
+    }
+
+
+def reason_of(log: Path, data_dir: str | None) -> str:
+    """The last line of a failed row's output, without this machine's data folder."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    reason = lines[-1].removeprefix("layer-tying: ") if lines else "no output"
+    folder = data_dir or os.environ.get(ENVIRONMENT)
+    return reason.replace(folder, f"${ENVIRONMENT}") if folder else reason
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

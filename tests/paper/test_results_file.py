@@ -1,0 +1,55 @@
+"""The results file of the paper's rows, from run folders made by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layer_tying.paper.results import reason_of, reasons_so_far, results_of, write_results
+from layer_tying.paper.rows import recipes
+
+ROW = "gpt2-wiki2-conventional"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return recipes("small", str(tmp_path / "runs"))
+
+
+def finish(folder: Path, **changes) -> None:
+    folder.mkdir(parents=True)
+    config = {"model": {"nlayers": 2}, "data": {"data_dir": "/here"}, "max_steps": 600} | changes
+    summary = {"seed": 0, "versions": {"torch": "2"}, "hardware": {"device": "cpu"}, "steps": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text('{"step": 4}\n')
+    (folder / "tying.jsonl").write_text('{"step": 0, "state": [0, 1]}\n')
+
+
+def test_a_finished_row_is_written_with_what_it_takes_to_repeat_it(rows):
+    finish(rows[ROW].folder)
+    (entry,) = results_of(rows, {}, "small")["rows"]
+    assert entry["row"] == ROW and entry["summary"]["steps"] == 4
+    assert entry["command"] == f"OMP_NUM_THREADS=1 layer-tying recipe {ROW} --scale small"
+    assert entry["config"] == {"nlayers": 2, "max_steps": 600}, "flat, and no place of this machine"
+    assert entry["hardware"].keys() == {"device", "processor"}
+
+
+def test_a_row_that_was_cut_short_says_so(rows):
+    finish(rows[ROW].folder, max_steps=4)
+    (entry,) = results_of(rows, {}, "small")["rows"]
+    assert entry["command"].endswith(" --max-steps 4")
+
+
+def test_reasons_are_kept_until_a_row_is_done(rows, tmp_path):
+    reasons = {ROW: "no data", "vit-cifar10-dynamic": "no images"}
+    write_results(tmp_path / "out.json", results_of(rows, reasons, "small"))
+    assert reasons_so_far(tmp_path / "out.json") == reasons
+    finish(rows[ROW].folder)
+    assert results_of(rows, reasons, "small")["not_run"].keys() == {"vit-cifar10-dynamic"}
+    assert reasons_so_far(tmp_path / "none.json") == {}
+
+
+def test_a_reason_does_not_name_this_machines_folder(tmp_path):
+    (tmp_path / "log").write_text("first\nlayer-tying: /my/data/wiki lacks train.txt\n")
+    assert reason_of(tmp_path / "log", "/my/data") == "$LAYER_TYING_DATA/wiki lacks train.txt"
