@@ -15,12 +15,13 @@ PACKAGE = "layer_tying"
 # Each room with the rooms that it may import from. `dynamic` is a module, all others are packages.
 BELOW = {
     "errors": set(),
+    "settings": {"errors"},
     "files": {"errors"},
     "core": {"errors"},
     "policies": {"errors", "core"},
-    "models": {"errors", "core"},
+    "models": {"errors", "core", "settings"},
     "dynamic": {"errors", "core", "policies", "models"},
-    "data": {"errors", "files"},
+    "data": {"errors", "files", "settings"},
     "saving": {"errors", "files", "core", "models", "data"},
     "integrations": {"errors", "core", "policies", "dynamic", "saving", "tasks"},
     "tasks": {"errors", "files", "core", "models", "data"},

@@ -112,6 +112,7 @@ class TiedLayers:
         if residual_scaling:
             self._residual_modules = residual_modules(self.stack, residual_outputs)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
+        self._kept_because: str | None = None  # why the tying cannot change any more
         self._states = [OptimizerState(each) for each in optimizers]
         self._remove_from_optimizers()
         self._add_to_optimizers()
@@ -148,6 +149,8 @@ class TiedLayers:
         self.rules.check(tying)
         if tying == self.tying:
             return
+        if self._kept_because:
+            raise InputError(f"the tying {self.tying} cannot change: {self._kept_because}")
         refuse_sharded(self._owned().values())
         if self._tying_in_storage() != self.tying:
             raise InputError(
@@ -168,6 +171,10 @@ class TiedLayers:
         self.tying = tying
         self._add_to_optimizers()
         self._set_weight_access()
+
+    def keep_tying(self, reason: str) -> None:
+        """Refuse other tyings from now on, with this reason."""
+        self._kept_because = reason
 
     def verify(self) -> None:
         """Check that state and storage agree.

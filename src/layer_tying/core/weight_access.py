@@ -1,4 +1,4 @@
-"""How a layer reads the weights that it shares: as they are, without gradient, or scaled.
+"""How a layer reads the weights that it shares: as they are, without gradient, mixed, or scaled.
 
 A layer reads a weight by ``module.weight``. To change what it reads, the module's class is
 exchanged for a subclass in which the weight is a property, as ``torch.nn.utils.parametrize`` does.
@@ -7,11 +7,12 @@ raises, sees the recomputed forward pass of gradient checkpointing, and gives co
 graph for each way of reading, not one for each tying. ``module.parameters()`` and ``state_dict()``
 go on showing the stored tensors; ``module._parameters[name]`` is the way to reach one.
 
-Two ways of reading can be combined:
+A weight can be read in one of these ways (``READERS``), and what a module returns can be scaled:
 
 - *detached*: a tied layer reads without gradient. Autograd saves nothing for the weight gradient
   and computes none, while the gradient of the activations flows on (gradient mode ``"owner"``,
   which is what the published code does: its tied copies are frozen).
+- *mixed*: a layer reads a combination of several stored weights (see ``mixtures.py``).
 - *scaled*: what a module returns is multiplied by a factor (1/n residual scaling), by a forward
   hook, since torch's ``TransformerEncoderLayer`` skips the forward of its parts in inference unless
   they have hooks. The factor is a tensor, so that compiled layers are not compiled again when it
@@ -20,7 +21,7 @@ Two ways of reading can be combined:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,15 +29,19 @@ import torch
 from torch import Tensor, nn
 
 from layer_tying.core.find import Slot
+from layer_tying.core.mix import mix
 
 FACTOR = "_residual_factor"  # where a scaled module keeps its factor, a 0-dimensional tensor
+SETS = "_mixture_sets"  # where a mixing module keeps, by attribute, the slots of the stored weights
 _plain_class: dict[type[nn.Module], type[nn.Module]] = {}
+Ways = tuple[tuple[str, str], ...]  # attribute -> way of reading, for those not read as they are
 
 
 def read_as_they_are(modules: Iterable[nn.Module]) -> None:
     """Let modules read their weights, and return their outputs, as their own classes do."""
     for module in modules:
         module.__class__ = _plain_class.get(type(module), type(module))
+        module.__dict__.pop(SETS, None)
         if module.__dict__.pop(FACTOR, None) is not None:
             hooks = module._forward_hooks
             for key in [key for key, hook in hooks.items() if hook is _scaled]:
@@ -45,18 +50,25 @@ def read_as_they_are(modules: Iterable[nn.Module]) -> None:
 
 def read_detached(slots: Iterable[Slot]) -> None:
     """Let modules read these of their weights without gradient."""
-    attributes: dict[nn.Module, list[str]] = {}
     for module, attribute in slots:
-        attributes.setdefault(module, []).append(attribute)
-    for module, names in attributes.items():
-        _exchange(module, tuple(names), FACTOR in module.__dict__)
+        _read(module, attribute, "detached")
+
+
+def read_mixed(module: nn.Module, attribute: str, sets: Sequence[Slot]) -> None:
+    """Let a module read the mixture of the weights in M slots, by its own coefficients.
+
+    The coefficients are its parameter ``{attribute}_mixture``, [M].
+    """
+    module.__dict__.setdefault(SETS, {})[attribute] = tuple(sets)
+    _read(module, attribute, "mixed")
 
 
 def scale_output(module: nn.Module, factor: float) -> None:
     """Multiply what a module returns (of a tuple, its first element) by a factor."""
     if FACTOR not in module.__dict__:
         module.register_forward_hook(_scaled, prepend=True)
-        _exchange(module, _detached_names(type(module)), True)
+        module.__dict__[FACTOR] = torch.tensor(factor)
+        _exchange(module, _ways(module))
     module.__dict__[FACTOR] = torch.tensor(factor)
 
 
@@ -67,25 +79,49 @@ def _scaled(module: nn.Module, _: Any, output: Any) -> Any:
     return output * factor
 
 
-def _exchange(module: nn.Module, detached: tuple[str, ...], is_scaled: bool) -> None:
+def stored(slot: Slot) -> nn.Parameter:
+    """The parameter that a slot holds, however it is read."""
+    module, attribute = slot
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return parameter
+
+
+def _detached(module: nn.Module, attribute: str) -> Tensor:
+    return stored((module, attribute)).detach()
+
+
+def _mixed(module: nn.Module, attribute: str) -> Tensor:
+    coefficients = stored((module, f"{attribute}_mixture"))
+    return mix(coefficients, *(stored(slot) for slot in module.__dict__[SETS][attribute]))
+
+
+READERS: dict[str, Callable[[nn.Module, str], Tensor]] = {"detached": _detached, "mixed": _mixed}
+
+
+def _read(module: nn.Module, attribute: str, way: str) -> None:
+    _exchange(module, tuple(sorted({**dict(_ways(module)), attribute: way}.items())))
+
+
+def _ways(module: nn.Module) -> Ways:
+    return getattr(type(module), "_ways", ()) if type(module) in _plain_class else ()
+
+
+def _exchange(module: nn.Module, ways: Ways) -> None:
     plain = _plain_class.get(type(module), type(module))
-    module.__class__ = _reading(plain, detached, is_scaled)
-
-
-def _detached_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    return getattr(module_class, "_detached_names", ()) if module_class in _plain_class else ()
+    module.__class__ = _reading(plain, ways, FACTOR in module.__dict__)
 
 
 @cache
-def _reading(plain: type[nn.Module], detached: tuple[str, ...], is_scaled: bool) -> type[nn.Module]:
+def _reading(plain: type[nn.Module], ways: Ways, is_scaled: bool) -> type[nn.Module]:
     """One subclass for all modules that read alike, so that they share compiled code."""
 
     def reduced(self: nn.Module, protocol: Any) -> tuple[object, ...]:
         _, _, *state = plain.__reduce_ex__(self, protocol)
-        return _blank, (plain, detached, is_scaled), *state
+        return _blank, (plain, ways, is_scaled), *state
 
-    body: dict[str, object] = {name: _detached_weight(name) for name in detached}
-    body["_detached_names"] = detached
+    body: dict[str, object] = {name: _property(name, READERS[way]) for name, way in ways}
+    body["_ways"] = ways
     body["__reduce_ex__"] = reduced  # by name, pickle would take the class for the plain one
     derived = type(plain.__name__, (plain,), {"__module__": plain.__module__, **body})
     derived.__qualname__ = plain.__qualname__
@@ -93,16 +129,11 @@ def _reading(plain: type[nn.Module], detached: tuple[str, ...], is_scaled: bool)
     return derived
 
 
-def _blank(plain: type[nn.Module], detached: tuple[str, ...], is_scaled: bool) -> nn.Module:
+def _blank(plain: type[nn.Module], ways: Ways, is_scaled: bool) -> nn.Module:
     """A module as pickle and copy create it, before they restore its state."""
-    derived = _reading(plain, detached, is_scaled)
+    derived = _reading(plain, ways, is_scaled)
     return derived.__new__(derived)
 
 
-def _detached_weight(name: str) -> property:
-    def read(module: nn.Module) -> Tensor:
-        parameter = module._parameters[name]
-        assert parameter is not None
-        return parameter.detach()
-
-    return property(read)
+def _property(name: str, read: Callable[[nn.Module, str], Tensor]) -> property:
+    return property(lambda module: read(module, name))

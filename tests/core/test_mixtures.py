@@ -1,0 +1,172 @@
+"""Learned mixtures against the sums written out, and against tying, from which they start."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from tiny_models import Plain, gpt2, llama, loss_of, t5
+from torch import nn
+
+from layer_tying.core.mix import mix
+from layer_tying.core.mixtures import FACTOR_KEY, Mixtures
+from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
+
+MODELS = [Plain, gpt2, llama]
+CYCLE = Tying((0, 1, 0, 1, 0, 1))
+
+
+def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, Mixtures, nn.Module]:
+    """A model with random mixtures, and one of its own weights for each layer, equal to them."""
+    torch.manual_seed(seed)
+    model, untied = make().double(), make().double()
+    mixtures = Mixtures(tie(model, CYCLE))
+    with torch.no_grad():
+        for vector in mixtures:
+            vector.copy_(torch.randn(2))
+    state = {n: p for n, p in model.state_dict().items() if not n.endswith("_mixture")}
+    untied.load_state_dict(state | mixtures.materialise())
+    return model, mixtures, untied
+
+
+def test_mixing_and_its_gradients_by_hand():
+    coefficients = torch.tensor([2.0, -1.0], requires_grad=True)
+    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    mixed = mix(coefficients, one, other)
+    assert mixed.tolist() == [[2.0, 3.0], [5.0, 8.0]]
+    (mixed * torch.tensor([[1.0, 0.0], [0.0, 10.0]])).sum().backward()
+    assert coefficients.grad.tolist() == [41.0, 0.0]
+    assert one.grad.tolist() == [[2.0, 0.0], [0.0, 20.0]]
+    assert other.grad.tolist() == [[-1.0, 0.0], [0.0, -10.0]]
+
+
+def test_gradients_in_float64():
+    coefficients = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    sets = [torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(mix, (coefficients, *sets))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_it_starts_as_the_tied_model(make):
+    torch.manual_seed(0)
+    model = make().double()
+    layers = tie(model, CYCLE)
+    before = loss_of(model)
+    mixtures = Mixtures(layers)
+    torch.testing.assert_close(loss_of(model), before, rtol=1e-12, atol=0)
+    assert mixtures.layers.tying == CYCLE
+    layers.verify()
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_it_computes_what_an_untied_model_of_the_mixed_weights_does(make):
+    model, mixtures, untied = mixed_and_untied(make)
+    losses = loss_of(model), loss_of(untied)
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+    for loss in losses:
+        loss.backward()
+    of = dict(untied.named_parameters(remove_duplicate=False))
+    names = mixtures.layers.stack.names
+    for name, coefficients in mixtures.coefficients[0].items():
+        for m in range(2):
+            expected = sum(
+                mixtures.coefficients[i][name][m].detach() * of[f"{layer}.{name}"].grad
+                for i, layer in enumerate(names)
+            )
+            owner = mixtures.layers.parameters(m)[name]
+            torch.testing.assert_close(owner.grad, expected, rtol=1e-8, atol=1e-12)
+        expected = [
+            (of[f"{names[0]}.{name}"].grad * mixtures.layers.parameters(m)[name]).sum()
+            for m in range(2)
+        ]
+        torch.testing.assert_close(coefficients.grad, torch.stack(expected), rtol=1e-8, atol=1e-12)
+
+
+def test_each_stored_tensor_is_shown_once():
+    model = gpt2()
+    Mixtures(tie(model, "cycle", 2))
+    names = dict(model.named_parameters())
+    assert len(names) == len({p.data_ptr() for p in names.values()})
+    assert len([name for name in names if name.endswith("_mixture")]) == 6 * 4
+    assert all(p.shape == (2,) for name, p in names.items() if name.endswith("_mixture"))
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_checkpointing_makes_the_mixture_again(make):
+    model, _, untied = mixed_and_untied(make)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss_of(model).backward()
+    loss_of(untied).backward()
+    gradients = (
+        [p.grad for p in model.transformer.wte.parameters()]
+        if make is gpt2
+        else [p.grad for p in model.model.embed_tokens.parameters()]
+    )
+    expected = [p.grad for p in untied.get_input_embeddings().parameters()]
+    torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_computes_the_same_and_shares_nothing(copied):
+    model, _, _ = mixed_and_untied(llama)
+    other = copied(model)
+    assert torch.equal(loss_of(other), loss_of(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert not torch.equal(loss_of(other), loss_of(model))
+
+
+def test_the_coefficients_learn_faster_and_are_not_decayed():
+    torch.manual_seed(0)
+    model = gpt2()
+    layers = TiedLayers(model, optimizer := torch.optim.AdamW(model.parameters(), lr=1e-3))
+    layers.apply(CYCLE)
+    mixtures = Mixtures(layers, optimizer)
+    group = optimizer.param_groups[-1]
+    assert (group["lr"], group["weight_decay"], group[FACTOR_KEY]) == (5e-3, 0.0, 5.0)
+    for step in range(5):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(mixtures.matrix("mlp.c_proj.weight")[0], torch.tensor([1.0, 0.0]))
+    layers.verify()
+
+
+def test_a_state_dict_makes_a_round_trip():
+    model, _, _ = mixed_and_untied(gpt2)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = gpt2().double()
+    Mixtures(tie(other, CYCLE))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(loss_of(other), loss_of(model))
+
+
+def test_another_tying_is_refused_while_layers_mix():
+    layers = tie(gpt2(), CYCLE)
+    Mixtures(layers)
+    with pytest.raises(InputError, match="the layers mix shared weights"):
+        layers.apply(Tying.all_tied(6))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "says"),
+    [
+        (lambda: tie(gpt2(), "all"), {}, "needs two independent layers or more.* 0 0 0 0 0 0"),
+        (
+            lambda: tie(t5(), "none", layers=["encoder.block", "decoder.block"], by_kind=True),
+            {},
+            "layers of this model differ",
+        ),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(make, options, says):
+    with pytest.raises(InputError, match=says):
+        Mixtures(make(), **options)
