@@ -140,7 +140,7 @@ def memory_targets(rows: Sequence[Row]) -> list[Target]:
 
 
 def alternatives_table(rows: Sequence[Row]) -> str:
-    """Each method beside plain AdamW without checkpointing, the first row."""
+    """Each method against plain AdamW without checkpointing, the first row."""
     first = next((r for r in rows if "error" not in r and not r["checkpointing"]), None)
     heads = (
         *("method", "independent", "above baseline, MB", "less memory", "s/step", "of the time"),

@@ -1,7 +1,7 @@
-"""How fast tied training is beside conventional training, part by part.
+"""How fast tied training is compared with conventional training, part by part.
 
 Sides that are compared take turns in one process, and what is compared is the fastest of their
-repeats, so that other work on the machine weighs on neither. bf16 weights, fused AdamW, one
+repeats, so that other work on the machine affects neither more. bf16 weights, fused AdamW, one
 sequence a step.
 
 - ``steps``: forward, backward and optimizer of a step: conventional, ``sum`` and ``owner``.

@@ -1,1 +1,6 @@
-"""The paper's experiments and published figures."""
+"""The paper's experiments and published figures, and what reproduces them.
+
+rows         each experiment as a configuration
+published    the figures that the paper gives
+results      the results file of finished rows
+"""

@@ -8,7 +8,7 @@ Scales:
 - ``small``: 12 layers x 128, a vocabulary of 4,096 and sequences of 128, so that a row takes
   minutes on one CPU thread. Its figures compare with each other, not with the paper's.
 
-A row that starts from another row's run finds it beside its own, under that row's name.
+A row that starts from another row's run expects it in the same folder, under that row's name.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""Run folders in; tables, figures and one HTML page out. Works from files alone, without torch.
+"""Run folders become tables, figures and one HTML page. Works from files alone, without torch.
 
-runs      run folders as data: reading, grouping by seed, the numbers of a run
-formats   how numbers are written
-tables    the comparison, and the paper's table with this project's rows beside it
-figures   the pictures
-page      HTML and CSS
-build     what stands on the page, in which order, and the files
+runs             runs grouped by seed, and the numbers of a run
+formats          how numbers are written
+markdown         the one Markdown table
+tables           the comparison of runs, and the paper's figures next to them
+style            colours and type of the figures
+figures_tying    which layers share weights
+figures_curves   metrics over training, and memory
+figures_agent    what an agent has learned
+page             HTML, from templates/
+build            what is on the page, in which order, and the files
+results          the page of the paper's rows
 """
 
 from layer_tying.report.build import write_report

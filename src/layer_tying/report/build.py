@@ -1,6 +1,6 @@
-"""What stands on the page and in which order, and the files that it is written to.
+"""What is on the page and in which order, and the files that it is written to.
 
-`report.html` is one self-contained file; beside it, in `report_figures/`, lie its figures as SVG
+`report.html` is one self-contained file. Its figures are also written to `report_figures/`, as SVG
 and PNG. Several seeds are shown as mean and sample standard deviation.
 """
 

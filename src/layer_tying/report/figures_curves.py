@@ -102,7 +102,7 @@ def _value_axis(axes: Axes, key: str, low: float, high: float) -> None:
 
 
 def _component_bytes(group: RunGroup) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of parameters, gradients and moments, (3,) each: over all lines, and where most."""
+    """Bytes of each component, shape (3,): the mean over training, and at the peak."""
     means, peaks = [], []
     for run in group.runs:
         lines = np.stack([run.series(f"{part}_bytes") for part in COMPONENTS], axis=1)
