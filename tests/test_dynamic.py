@@ -137,7 +137,10 @@ def test_all_means_one_layer_of_each_kind():
         ({"max_independent": 0}, "budget of 0 .* too small"),
         ({"layers": "nowhere"}, "no module 'nowhere'"),
         ({"gradient": "mean"}, "gradient is"),
-        ({"policy": "best"}, "unknown policy 'best'; the known ones are dqn, bandit, random"),
+        (
+            {"policy": "best"},
+            "unknown policy 'best'; the known ones are dqn, bandit, mixture, random",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(options, message):
@@ -350,3 +353,21 @@ def test_a_reward_that_never_comes_is_said():
         tying.step()
     assert tying.learn(-1.0) == (-1.0, None)
     assert tying.learn(-1.0) == (None, None), "it is learned from once"
+
+
+def test_a_mixture_learns_by_gradient_and_never_decides():
+    torch.manual_seed(0)
+    model = gpt2(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tying = DynamicTying(model, optimizer, "mixture")
+    assert tying.tying == Tying((0, 1) * 4)
+    assert tying.layers.settings.residual_scaling == 1.0
+    for step in range(3):
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tying.step(loss) is None
+        tying.layers.verify()
+    moved = [vector for vector in tying.layers.mixtures if set(vector.tolist()) != {0.0, 1.0}]
+    assert len(moved) == 8 * 4

@@ -45,6 +45,10 @@ class Layers(Protocol):
         """Change to another tying."""
         ...
 
+    def mix(self) -> object:
+        """Let the layers learn mixtures of their shared weights."""
+        ...
+
     def verify(self) -> None:
         """Raise an InvariantError if the layers are not what their tying says."""
         ...
@@ -114,6 +118,9 @@ class DynamicTying:
         distributed.refuse_sharded(model.parameters())
         policy = make_policy(policy, seed=seed) if isinstance(policy, str) else policy
         options.setdefault("inherit", policy.inherit)
+        if initial is None and policy.residual_scaling:
+            options.setdefault("residual_scaling", policy.residual_scaling)
+            options.setdefault("residual_outputs", _known_residual_outputs(model))
         layers = TiedLayers(model, optimizer, **options)
         outputs = options.get("residual_outputs")
         self._begin(
@@ -165,6 +172,8 @@ class DynamicTying:
         if total_steps is not None:
             self._settled_after = math.ceil((1 - policy.settles) * total_steps)
             num_decisions = math.ceil(self._settled_after / every)
+        elif policy.settles == 1.0:
+            self._settled_after = 0
         kinds = layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
@@ -180,6 +189,8 @@ class DynamicTying:
         layers.apply(start)
         if divides:
             divide_initial_weights(layers.stack, start, outputs)
+        if policy.mixes:
+            layers.mix()
 
     def _start(self, initial: str | Tying | None) -> Tying:
         if initial is None:

@@ -10,26 +10,27 @@ from tiny_models import Plain, gpt2, llama, loss_of, t5
 from torch import nn
 
 from layer_tying.core.mix import mix
-from layer_tying.core.mixtures import FACTOR_KEY, Mixtures
+from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
+from layer_tying.core.weight_access import weights_as_read
 from layer_tying.errors import InputError
 
 MODELS = [Plain, gpt2, llama]
 CYCLE = Tying((0, 1, 0, 1, 0, 1))
 
 
-def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, Mixtures, nn.Module]:
+def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, TiedLayers, nn.Module]:
     """A model with random mixtures, and one of its own weights for each layer, equal to them."""
     torch.manual_seed(seed)
     model, untied = make().double(), make().double()
-    mixtures = Mixtures(tie(model, CYCLE))
+    layers = tie(model, CYCLE)
     with torch.no_grad():
-        for vector in mixtures:
+        for vector in layers.mix():
             vector.copy_(torch.randn(2))
     state = {n: p for n, p in model.state_dict().items() if not n.endswith("_mixture")}
-    untied.load_state_dict(state | mixtures.materialise())
-    return model, mixtures, untied
+    untied.load_state_dict(state | weights_as_read(layers.stack))
+    return model, layers, untied
 
 
 def test_mixing_and_its_gradients_by_hand():
@@ -56,39 +57,39 @@ def test_it_starts_as_the_tied_model(make):
     model = make().double()
     layers = tie(model, CYCLE)
     before = loss_of(model)
-    mixtures = Mixtures(layers)
+    layers.mix()
     torch.testing.assert_close(loss_of(model), before, rtol=1e-12, atol=0)
-    assert mixtures.layers.tying == CYCLE
+    assert layers.tying == CYCLE
     layers.verify()
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_it_computes_what_an_untied_model_of_the_mixed_weights_does(make):
-    model, mixtures, untied = mixed_and_untied(make)
+    model, layers, untied = mixed_and_untied(make)
+    mixtures = layers.mixtures
     losses = loss_of(model), loss_of(untied)
     torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
     for loss in losses:
         loss.backward()
     of = dict(untied.named_parameters(remove_duplicate=False))
-    names = mixtures.layers.stack.names
+    names = layers.stack.names
     for name, coefficients in mixtures.coefficients[0].items():
         for m in range(2):
             expected = sum(
                 mixtures.coefficients[i][name][m].detach() * of[f"{layer}.{name}"].grad
                 for i, layer in enumerate(names)
             )
-            owner = mixtures.layers.parameters(m)[name]
+            owner = layers.parameters(m)[name]
             torch.testing.assert_close(owner.grad, expected, rtol=1e-8, atol=1e-12)
         expected = [
-            (of[f"{names[0]}.{name}"].grad * mixtures.layers.parameters(m)[name]).sum()
-            for m in range(2)
+            (of[f"{names[0]}.{name}"].grad * layers.parameters(m)[name]).sum() for m in range(2)
         ]
         torch.testing.assert_close(coefficients.grad, torch.stack(expected), rtol=1e-8, atol=1e-12)
 
 
 def test_each_stored_tensor_is_shown_once():
     model = gpt2()
-    Mixtures(tie(model, "cycle", 2))
+    tie(model, "cycle", 2).mix()
     names = dict(model.named_parameters())
     assert len(names) == len({p.data_ptr() for p in names.values()})
     assert len([name for name in names if name.endswith("_mixture")]) == 6 * 4
@@ -127,7 +128,7 @@ def test_the_coefficients_learn_faster_and_are_not_decayed():
     model = gpt2()
     layers = TiedLayers(model, optimizer := torch.optim.AdamW(model.parameters(), lr=1e-3))
     layers.apply(CYCLE)
-    mixtures = Mixtures(layers, optimizer)
+    mixtures = layers.mix()
     group = optimizer.param_groups[-1]
     assert (group["lr"], group["weight_decay"], group[FACTOR_KEY]) == (5e-3, 0.0, 5.0)
     for step in range(5):
@@ -144,29 +145,49 @@ def test_a_state_dict_makes_a_round_trip():
     torch.save(model.state_dict(), file)
     file.seek(0)
     other = gpt2().double()
-    Mixtures(tie(other, CYCLE))
+    tie(other, CYCLE).mix()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(loss_of(other), loss_of(model))
 
 
 def test_another_tying_is_refused_while_layers_mix():
     layers = tie(gpt2(), CYCLE)
-    Mixtures(layers)
-    with pytest.raises(InputError, match="the layers mix shared weights"):
+    layers.mix()
+    with pytest.raises(InputError, match="the layers mix the shared weights"):
         layers.apply(Tying.all_tied(6))
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "says"),
+    ("make", "says"),
     [
-        (lambda: tie(gpt2(), "all"), {}, "needs two independent layers or more.* 0 0 0 0 0 0"),
+        (lambda: tie(gpt2(), "all"), "needs two independent layers or more.* 0 0 0 0 0 0"),
         (
             lambda: tie(t5(), "none", layers=["encoder.block", "decoder.block"], by_kind=True),
-            {},
             "layers of this model differ",
         ),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(make, options, says):
+def test_what_cannot_be_mixed_is_refused(make, says):
     with pytest.raises(InputError, match=says):
-        Mixtures(make(), **options)
+        make().mix()
+
+
+def test_a_model_that_is_tied_again_goes_on_mixing():
+    model, layers, _ = mixed_and_untied(gpt2)
+    before = loss_of(model)
+    again = TiedLayers(model)
+    assert torch.equal(loss_of(model), before)
+    assert [*again.mixtures] == [*layers.mixtures]
+
+
+def test_mixtures_go_with_residual_scaling_and_both_are_exported():
+    torch.manual_seed(0)
+    model, untied = gpt2().double(), gpt2().double()
+    options = {"residual_scaling": 1.0, "residual_outputs": ["attn.c_proj", "mlp.c_proj"]}
+    layers = tie(model, CYCLE, **options)
+    with torch.no_grad():
+        for vector in layers.mix():
+            vector.add_(torch.randn(2))
+    state = {n: p for n, p in model.state_dict().items() if not n.endswith("_mixture")}
+    untied.load_state_dict(state | weights_as_read(layers.stack))
+    torch.testing.assert_close(loss_of(model), loss_of(untied), rtol=1e-6, atol=0)

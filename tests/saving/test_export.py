@@ -19,10 +19,19 @@ from tolerance import assert_close, close_to
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layer_tying import InputError, TiedLayers, Tying, export_compact, export_expanded, load
+from layer_tying import (
+    InputError,
+    TiedLayers,
+    Tying,
+    export_compact,
+    export_expanded,
+    load,
+    tie,
+)
 from layer_tying.cli import main
 from layer_tying.core.settings import TyingSettings, remember_settings, settings_of
 from layer_tying.data.tokenizer import read_tokenizer
+from layer_tying.models.families import residual_outputs
 from layer_tying.runs.train import train
 from layer_tying.saving.export import COMPACT
 
@@ -236,7 +245,10 @@ def test_the_gradient_mode_makes_no_difference(tmp_path):
 
 def test_a_compact_export_says_how_the_layers_were_tied(tmp_path):
     model = trained("gpt2", True)
-    said = TyingSettings(policy="bandit", gradient="owner", untied=("*ln*",), residual_scaling=0.5)
+    outputs = ("attn.c_proj", "mlp.c_proj")
+    said = TyingSettings(
+        policy="bandit", gradient="owner", residual_scaling=0.5, residual_outputs=outputs
+    )
     remember_settings(model, said)
     export_compact(model, tmp_path / "one")
     loaded = load(tmp_path / "one")
@@ -253,9 +265,7 @@ def test_a_model_that_nothing_was_said_of_has_the_defaults(tmp_path):
 
 def test_an_expanded_export_has_residual_scaling_in_its_weights(tmp_path):
     model = trained("gpt2", True)
-    remember_settings(
-        model, TyingSettings(residual_scaling=1, residual_outputs=("attn.c_proj", "mlp.c_proj"))
-    )
+    TiedLayers(model, residual_scaling=1.0, residual_outputs=["attn.c_proj", "mlp.c_proj"])
     export_expanded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     uses = {0: 3, 1: 3, 2: 1, 3: 3}
@@ -266,8 +276,28 @@ def test_an_expanded_export_has_residual_scaling_in_its_weights(tmp_path):
             assert_close(stored[f"transformer.h.{layer}.{name}"], ours * factor)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_mixtures_and_residual_scaling_are_exported_both_ways(family, tmp_path):
+    model = trained(family, False)
+    outputs = residual_outputs(family)
+    layers = tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=outputs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for coefficients in layers.mix():
+            coefficients.add_(0.3 * torch.randn(2))
+    export_compact(model, tmp_path / "compact")
+    export_expanded(model, tmp_path / "expanded")
+    expected = logits(model, family)
+    loaded = load(tmp_path / "compact")
+    assert_close(logits(loaded, family), expected)
+    assert TiedLayers(loaded).mixtures is not None, "it goes on mixing"
+    plain, info = CLASSES[family].from_pretrained(tmp_path / "expanded", output_loading_info=True)
+    assert not any(info.values())
+    assert_close(logits(plain, family), expected)
+
+
 def test_settings_make_a_round_trip_through_json():
-    settings = TyingSettings((0, 0, 2), "dqn", ("encoder", "decoder"), ("*norm*",), True, "owner")
+    settings = TyingSettings(("encoder", "decoder"), ("*norm*",), True, "owner", owners=(0, 0, 2))
     assert TyingSettings.from_json(settings.to_json()) == settings
     for text in ("{", '{"colour": 1}'):
         with pytest.raises(InputError, match="not the settings of a tying"):

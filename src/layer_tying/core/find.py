@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layer_tying.errors import InputError
 
+MIXTURE = "_mixture"  # ends the names of coefficients (see mixtures.py): each layer has its own
 Slot = tuple[nn.Module, str]  # the module that holds a parameter, and the attribute's name
 
 
@@ -224,7 +225,8 @@ def _modules_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.M
 def _slots(block: nn.Module, untied: Sequence[str], outside: set[int]) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for name, parameter in block.named_parameters(remove_duplicate=False):
-        if not _is_untied(name, untied) and id(parameter) not in outside:
+        is_own = _is_untied(name, untied) or name.endswith(MIXTURE)
+        if not is_own and id(parameter) not in outside:
             path, _, attribute = name.rpartition(".")
             slots[name] = (block.get_submodule(path), attribute)
     return slots

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.find import MIXTURE, LayerStack, Slot
+from layer_tying.core.tying import Tying
 from layer_tying.core.weight_access import read_mixed, stored
 from layer_tying.errors import InputError
 
@@ -38,43 +38,45 @@ class Mixtures:
     in ``c_proj.weight_mixture``, a vector of M numbers.
 
     Args:
-        layers: tied; its independent layers hold the M sets. Its tying is the start, and stays.
-        optimizer: of the model, to which the coefficients are added, without weight decay and with
-            ``LEARNING_RATE_FACTOR`` times the learning rate of its first group.
+        stack: the layers.
+        tying: theirs; the independent layers hold the M sets. It is the start, and stays.
 
     Attributes:
         coefficients: each layer's, by the name of the matrix within the layer: [M] each.
 
     Raises:
-        InputError: if there is one set only, or the layers have no matrix to mix.
+        InputError: if there is one set only, or the layers differ, or have no matrix to mix.
     """
 
-    def __init__(self, layers: TiedLayers, optimizer: Optimizer | None = None) -> None:
-        owners = layers.tying.independent_layers
+    def __init__(self, stack: LayerStack, tying: Tying) -> None:
+        owners = tying.independent_layers
         if len(owners) < 2:
             raise InputError(
-                f"a mixture needs two independent layers or more, and the tying is {layers.tying}"
+                f"a mixture needs two independent layers or more, and the tying is {tying}"
             )
-        if len(set(layers.stack.kinds)) > 1:
+        if len(set(stack.kinds)) > 1:
             raise InputError("the layers of this model differ, and a mixture needs equal ones")
-        self.layers = layers
+        self._stack = stack
+        self._owners = owners
         self.coefficients: list[dict[str, nn.Parameter]] = []
-        for layer, slots in enumerate(layers.stack.slots):
-            matrices = {name: slot for name, slot in slots.items() if stored(slot).ndim > 1}
-            if not matrices:
-                raise InputError(f"{layers.stack.names[layer]} has no matrix to mix")
+        for layer, slots in enumerate(stack.slots):
             one_hot = torch.zeros(len(owners))
-            one_hot[owners.index(layers.tying.owners[layer])] = 1.0
-            mine = {}
-            for name, (module, attribute) in matrices.items():
-                sets = [layers.stack.slots[owner][name] for owner in owners]
-                mine[name] = nn.Parameter(one_hot.to(stored((module, attribute)), copy=True))
-                module.register_parameter(f"{attribute}_mixture", mine[name])
-                read_mixed(module, attribute, sets)
-            self.coefficients.append(mine)
-        layers.keep_tying("the layers mix shared weights, which settles their tying")
-        if optimizer is not None:
-            optimizer.add_param_group(coefficient_group(self, optimizer.param_groups[0]["lr"]))
+            one_hot[owners.index(tying.owners[layer])] = 1.0
+            self.coefficients.append(
+                {
+                    name: _coefficients(slot, one_hot)
+                    for name, slot in slots.items()
+                    if stored(slot).ndim > 1
+                }
+            )
+        if not self.coefficients[0]:
+            raise InputError(f"{stack.names[0]} has no matrix to mix")
+
+    def set_weight_access(self) -> None:
+        """Let each layer read its mixtures."""
+        for slots, mine in zip(self._stack.slots, self.coefficients, strict=True):
+            for name in mine:
+                read_mixed(*slots[name], [self._stack.slots[owner][name] for owner in self._owners])
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         """All coefficients, layer by layer."""
@@ -84,19 +86,14 @@ class Mixtures:
         """[L, M] the coefficients of one matrix, by its name within a layer, detached."""
         return torch.stack([layer[name].detach() for layer in self.coefficients])
 
-    def materialise(self) -> dict[str, Tensor]:
-        """Every mixed matrix by its name in the model: what each layer reads, as plain tensors."""
-        with torch.no_grad():
-            return {
-                f"{layer}.{name}": getattr(*slots[name]).clone()
-                for layer, slots, mine in zip(
-                    self.layers.stack.names,
-                    self.layers.stack.slots,
-                    self.coefficients,
-                    strict=True,
-                )
-                for name in mine
-            }
+
+def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
+    """Those that the module has already (of a model that was loaded), or new ones."""
+    module, attribute = slot
+    name = f"{attribute}{MIXTURE}"
+    if name not in module._parameters:
+        module.register_parameter(name, nn.Parameter(one_hot.to(stored(slot), copy=True)))
+    return stored((module, name))
 
 
 def coefficient_group(mixtures: Mixtures, learning_rate: float) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""How the layers of a model are tied, as a small record that goes with exports and checkpoints."""
+"""How the layers of a model are tied: a small record that stays with the model.
+
+It goes into checkpoints and exports as well, so that a model that was loaded goes on being tied as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,48 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from layer_tying.errors import InputError
 
+ATTRIBUTE = "_layer_tying"  # of the model; plain data, so that copies and pickles have it too
+CHOICES = {
+    "gradient": ("sum", "owner"),
+    "optimizer_state": ("copy", "fresh"),
+    "inherit": ("first", "majority"),
+}
+
 
 @dataclass(frozen=True)
 class TyingSettings:
-    """The options of ``TiedLayers``, whose names and meanings these are, and what they led to.
+    """The options of ``TiedLayers``, with their defaults, and what they led to.
 
     Attributes:
+        layers: the dotted name of the list of layers (or several names, say an encoder's and a
+            decoder's); found automatically where there is only one candidate.
+        untied: name patterns (as in ``fnmatch``, within a layer) of parameters that each layer
+            keeps for itself, such as ``["*norm*"]``.
+        by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
+        gradient: ``"sum"``: a shared weight's gradient is the sum over all the layers that use it
+            (true tying). ``"owner"``: only the owner's own position contributes; this saves the
+            weight gradients of all other positions.
+        optimizer_state: the optimizer state of a newly independent layer: a ``"copy"`` of its
+            owner's, or ``"fresh"``.
+        inherit: the weights a group of layers goes on with when the tying changes: those that its
+            ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
+        residual_scaling: the power p of 1/n residual scaling: what a layer adds to the residual
+            stream is multiplied by 1/n^p in the forward pass, where n layers use its weights.
+        residual_outputs: name patterns of the modules within a layer whose output is added to the
+            residual stream; needed for residual scaling.
+        mixes: whether the layers read learned mixtures of the shared weights.
         owners: the tying at the time of saving; empty where it is not known.
         policy: the name of the policy that decides, if one does.
+
+    Raises:
+        InputError: if a value is not one of the choices.
     """
 
-    owners: tuple[int, ...] = ()
-    policy: str | None = None
     layers: str | tuple[str, ...] | None = None
     untied: tuple[str, ...] = ()
     by_kind: bool = False
@@ -32,6 +60,18 @@ class TyingSettings:
     inherit: Literal["first", "majority"] = "first"
     residual_scaling: float = 0.0
     residual_outputs: tuple[str, ...] = ()
+    mixes: bool = False
+    owners: tuple[int, ...] = ()
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {' or '.join(map(repr, choices))}, got {value!r}")
+
+    def but(self, **changes: Any) -> TyingSettings:
+        """The same settings but for some."""
+        return TyingSettings.from_dict(asdict(self) | changes)
 
     def to_json(self) -> str:
         """The settings as a JSON object."""
@@ -66,14 +106,11 @@ class TyingSettings:
         return cls(**tuples)
 
 
-_OF_MODELS: WeakKeyDictionary[nn.Module, TyingSettings] = WeakKeyDictionary()
-
-
 def remember_settings(model: nn.Module, settings: TyingSettings) -> None:
-    """Keep the settings of a model's tying for as long as the model lives."""
-    _OF_MODELS[model] = settings
+    """Keep the settings of a model's tying with the model."""
+    model.__dict__[ATTRIBUTE] = asdict(settings)
 
 
 def settings_of(model: nn.Module) -> TyingSettings:
     """The settings that were remembered of a model; the defaults if there are none."""
-    return _OF_MODELS.get(model, TyingSettings())
+    return TyingSettings.from_dict(model.__dict__.get(ATTRIBUTE, {}))

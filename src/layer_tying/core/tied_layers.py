@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 
 from layer_tying.core.distributed import refuse_sharded
 from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.mixtures import Mixtures, coefficient_group
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
+from layer_tying.core.settings import remember_settings, settings_of
 from layer_tying.core.tying import Rules, Tying, storage_sources
 from layer_tying.core.weight_access import read_as_they_are, read_detached, scale_output
 from layer_tying.errors import InputError, InvariantError
@@ -33,7 +35,7 @@ Parameters = dict[str, nn.Parameter]
 
 
 class Options(TypedDict, total=False):
-    """The options of ``TiedLayers``, for those who pass them on."""
+    """The options of ``TiedLayers``: those of ``TyingSettings`` that can be chosen."""
 
     layers: str | Sequence[str] | None
     untied: Sequence[str]
@@ -58,27 +60,16 @@ class TiedLayers:
             already, the tying is read off them.
         optimizer: the optimizer of the model's parameters (or several, or none). Its
             ``param_groups`` and ``state`` are kept in step.
-        layers: the dotted name of the list of layers (or several names, say an encoder's and a
-            decoder's); found automatically where there is only one candidate.
-        untied: name patterns (as in ``fnmatch``, within a layer) of parameters that each layer
-            keeps for itself, such as ``["*norm*"]``.
-        by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
-        gradient: ``"sum"``: a shared weight's gradient is the sum over all the layers that use it
-            (true tying). ``"owner"``: only the owner's own position contributes; this saves the
-            weight gradients of all other positions.
-        optimizer_state: the optimizer state of a newly independent layer: a ``"copy"`` of its
-            owner's, or ``"fresh"``.
-        inherit: the weights a group of layers goes on with when the tying changes: those that its
-            ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
-        residual_scaling: the power p of 1/n residual scaling: what a layer adds to the residual
-            stream is multiplied by 1/n^p in the forward pass, where n layers use its weights.
-        residual_outputs: name patterns of the modules within a layer whose output is added to the
-            residual stream; needed for residual scaling.
+        options: ``layers``, ``untied``, ``by_kind``, ``gradient``, ``optimizer_state``,
+            ``inherit``, ``residual_scaling`` and ``residual_outputs``: see ``TyingSettings``. What
+            is left out is as it was when the model was last tied, if it was.
 
     Attributes:
         tying: the tying in force.
+        settings: the options.
         rules: which tyings this model allows.
         stack: the layers, and where their parameters live.
+        mixtures: the coefficients, where layers mix the shared weights.
 
     Raises:
         InputError: if the layers cannot be found, do not match, or share parameters only in part.
@@ -88,35 +79,24 @@ class TiedLayers:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        *,
-        layers: str | Sequence[str] | None = None,
-        untied: Sequence[str] = (),
-        by_kind: bool = False,
-        gradient: Literal["sum", "owner"] = "sum",
-        optimizer_state: Literal["copy", "fresh"] = "copy",
-        inherit: Literal["first", "majority"] = "first",
-        residual_scaling: float = 0.0,
-        residual_outputs: Sequence[str] = (),
+        **options: Unpack[Options],
     ) -> None:
-        _check_choice("gradient", gradient, ("sum", "owner"))
-        _check_choice("optimizer_state", optimizer_state, ("copy", "fresh"))
-        _check_choice("inherit", inherit, ("first", "majority"))
-        self.stack: LayerStack = find_layers(model, layers, untied, by_kind)
+        self.settings = settings = settings_of(model).but(**options)
+        self.stack: LayerStack = find_layers(
+            model, settings.layers, settings.untied, settings.by_kind
+        )
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = self._tying_in_storage()
-        self._copies_state = optimizer_state == "copy"
-        self._inherit: Literal["first", "majority"] = inherit
-        self._only_owners_learn = gradient == "owner"
-        self._residual_scaling = residual_scaling
         self._residual_modules: list[list[nn.Module]] = []
-        if residual_scaling:
-            self._residual_modules = residual_modules(self.stack, residual_outputs)
+        if settings.residual_scaling:
+            self._residual_modules = residual_modules(self.stack, settings.residual_outputs)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        self._kept_because: str | None = None  # why the tying cannot change any more
         self._states = [OptimizerState(each) for each in optimizers]
         self._remove_from_optimizers()
         self._add_to_optimizers()
+        self.mixtures = Mixtures(self.stack, self.tying) if settings.mixes else None
         self._set_weight_access()
+        remember_settings(model, settings)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -149,8 +129,10 @@ class TiedLayers:
         self.rules.check(tying)
         if tying == self.tying:
             return
-        if self._kept_because:
-            raise InputError(f"the tying {self.tying} cannot change: {self._kept_because}")
+        if self.mixtures:
+            raise InputError(
+                f"the tying {self.tying} cannot change: the layers mix the shared weights"
+            )
         refuse_sharded(self._owned().values())
         if self._tying_in_storage() != self.tying:
             raise InputError(
@@ -158,7 +140,7 @@ class TiedLayers:
                 "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
             )
         self._remove_from_optimizers()
-        sources = storage_sources(self.tying, tying, self._inherit)
+        sources = storage_sources(self.tying, tying, self.settings.inherit)
         old = {source: self.parameters(source) for source, _ in sources.values()}
         self.drop_optimizer_state(self._layers_that_lose_state(sources))
         for layer, owner in enumerate(tying.owners):
@@ -172,9 +154,24 @@ class TiedLayers:
         self._add_to_optimizers()
         self._set_weight_access()
 
-    def keep_tying(self, reason: str) -> None:
-        """Refuse other tyings from now on, with this reason."""
-        self._kept_because = reason
+    def mix(self) -> Mixtures:
+        """Let the layers learn mixtures of the shared weights; their tying then stays as it is.
+
+        The coefficients are added to the optimizer, if there is one: without weight decay, and with
+        a higher learning rate (see ``Mixtures``). Schedulers of learning rates are made later.
+
+        Raises:
+            InputError: if there are fewer than two independent layers, or the layers differ.
+        """
+        if self.mixtures is None:
+            self.mixtures = Mixtures(self.stack, self.tying)
+            for optimizer in self.optimizers[:1]:
+                rate = optimizer.param_groups[0]["lr"]
+                optimizer.add_param_group(coefficient_group(self.mixtures, rate))
+            self.settings = self.settings.but(mixes=True)
+            self._set_weight_access()
+            remember_settings(self.stack.model, self.settings)
+        return self.mixtures
 
     def verify(self) -> None:
         """Check that state and storage agree.
@@ -229,7 +226,7 @@ class TiedLayers:
             if id(parameter) not in copies:
                 copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 copies[id(parameter)] = copy
-                if self._copies_state:
+                if self._copies_state():
                     for state in self._states:
                         state.copy(parameter, copy)
         return {name: copies[id(parameter)] for name, parameter in parameters.items()}
@@ -261,17 +258,22 @@ class TiedLayers:
         keeping = {
             source
             for owner, (source, _) in sources.items()
-            if self._copies_state or owner == source
+            if self._copies_state() or owner == source
         }
         return set(self.tying.independent_layers) - keeping
+
+    def _copies_state(self) -> bool:
+        return self.settings.optimizer_state == "copy"
 
     def _set_weight_access(self) -> None:
         for layer, owner in enumerate(self.tying.owners):
             slots = self.stack.slots[layer].values()
             read_as_they_are(module for module, _ in slots)
-            if self._only_owners_learn and layer != owner:
+            if self.settings.gradient == "owner" and layer != owner:
                 read_detached(slots)
-        scales = factors(self.tying, self._residual_scaling)
+        if self.mixtures:
+            self.mixtures.set_weight_access()
+        scales = factors(self.tying, self.settings.residual_scaling)
         for modules, factor in zip(self._residual_modules, scales, strict=False):
             for module in modules:
                 scale_output(module, factor)
@@ -305,8 +307,3 @@ def tie(
         tying = pattern(tying, layers.tying.num_layers, num_groups)
     layers.apply(tying)
     return layers
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} is {' or '.join(map(repr, choices))}, got {value!r}")

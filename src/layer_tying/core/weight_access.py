@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layer_tying.core.find import Slot
+from layer_tying.core.find import MIXTURE, LayerStack, Slot
 from layer_tying.core.mix import mix
+from layer_tying.errors import InputError
 
 FACTOR = "_residual_factor"  # where a scaled module keeps its factor, a 0-dimensional tensor
 SETS = "_mixture_sets"  # where a mixing module keeps, by attribute, the slots of the stored weights
@@ -87,12 +88,35 @@ def stored(slot: Slot) -> nn.Parameter:
     return parameter
 
 
+def weights_as_read(stack: LayerStack) -> dict[str, Tensor]:
+    """What each layer computes with, by names in the model: mixed, and multiplied by the factor.
+
+    Raises:
+        InputError: if what is scaled is more than one linear map, so that weights cannot show it.
+    """
+    read: dict[str, Tensor] = {}
+    for layer, block, slots in zip(stack.names, stack.blocks, stack.slots, strict=True):
+        for name, (module, attribute) in slots.items():
+            read[f"{layer}.{name}"] = getattr(module, attribute).detach()
+        for path, module in block.named_modules():
+            factor = module.__dict__.get(FACTOR)
+            if factor is None:
+                continue
+            if any(True for _ in module.children()):
+                raise InputError(f"the scale of {layer}.{path} cannot be put into its weights")
+            for name in module._parameters:
+                full = f"{layer}.{path}.{name}"
+                if full in read:
+                    read[full] = read[full] * factor
+    return read
+
+
 def _detached(module: nn.Module, attribute: str) -> Tensor:
     return stored((module, attribute)).detach()
 
 
 def _mixed(module: nn.Module, attribute: str) -> Tensor:
-    coefficients = stored((module, f"{attribute}_mixture"))
+    coefficients = stored((module, f"{attribute}{MIXTURE}"))
     return mix(coefficients, *(stored(slot) for slot in module.__dict__[SETS][attribute]))
 
 

@@ -29,6 +29,7 @@ class PolicyRecord:
 POLICIES = {
     "dqn": PolicyRecord("dqn:DQN", "the paper's agent: a Q-network, epsilon-greedy"),
     "bandit": PolicyRecord("bandit:Bandit", "moves the borders of groups of neighbouring layers"),
+    "mixture": PolicyRecord("mixture:Mixture", "learns mixtures of shared weights by gradient"),
     "random": PolicyRecord("simple:RandomPolicy", "draws every layer's owner uniformly"),
 }
 

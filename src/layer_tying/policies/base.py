@@ -32,6 +32,9 @@ class Policy:
         settles: the share of a run, at its end, in which nothing is decided any more; may be set.
         divides_initial_weights: whether freshly drawn residual outputs are divided by the number
             of layers that use them (see ``core.residual_scale``).
+        residual_scaling: the power p of 1/n residual scaling in the forward pass (see
+            ``TiedLayers``), where it chooses the start.
+        mixes: whether the layers learn mixtures of the shared weights (see ``core.mixtures``).
         rules: which tyings are allowed; known once it was ``reset``.
     """
 
@@ -39,7 +42,13 @@ class Policy:
     inherit: ClassVar[Literal["first", "majority"]] = "first"
     settles: float = 0.0
     divides_initial_weights: ClassVar[bool] = False
+    residual_scaling: ClassVar[float] = 0.0
+    mixes: ClassVar[bool] = False
     rules: Rules
+
+    def __init__(self, *, seed: int = 0) -> None:
+        """``seed`` is that of its random choices, if it makes any."""
+        self.seed = seed
 
     def start(self, rules: Rules) -> Tying:
         """The tying to start from, where the caller does not name one; the paper's by default."""

@@ -14,9 +14,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.find import MIXTURE, LayerStack, find_layers
 from layer_tying.core.settings import TyingSettings, settings_of
 from layer_tying.core.tying import Tying
+from layer_tying.core.weight_access import weights_as_read
 from layer_tying.errors import InputError
 
 COMPACT = "compact.safetensors"
@@ -56,7 +57,7 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
     for name, stored_name in aliases.items():
         tensor = stored[stored_name]
         stored[name] = tensor if name in declared else tensor.clone()
-    _fold_in_residual_scaling(model, stored)
+    stored = _as_read(model, stored)
     was = model.config.dtype
     try:
         model.save_pretrained(folder, state_dict=stored, max_shard_size="1000GB")
@@ -115,20 +116,15 @@ def _tying_of(stack: LayerStack) -> Tying:
     return Tying.from_labels(ids)
 
 
-def _fold_in_residual_scaling(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Multiply the weights of each layer's copy by what the forward pass multiplies its output."""
+def _as_read(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a plain model: each layer has the weights that it computes with."""
     settings = settings_of(model)
-    if not settings.residual_scaling:
-        return
-    stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
-    tying = _tying_of(stack)
-    for layer, owner in enumerate(tying.owners):
-        factor = len(tying.groups[owner]) ** -settings.residual_scaling
-        for name, module in stack.blocks[layer].named_modules():
-            if any(fnmatch(name, pattern) for pattern in settings.residual_outputs):
-                for parameter, _ in module.named_parameters():
-                    full_name = f"{stack.names[layer]}.{name}.{parameter}"
-                    stored[full_name] = stored[full_name] * factor
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(MIXTURE)}
+    if settings.mixes or settings.residual_scaling:
+        stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
+        for name, weight in weights_as_read(stack).items():
+            plain[name] = weight.to(stored[name].dtype, copy=True).contiguous()
+    return plain
 
 
 def _stored_and_aliases(

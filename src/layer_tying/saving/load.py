@@ -43,12 +43,17 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = lay_out(_read_config(folder)).eval() if model is None else model
         _share(model, aliases, folder)
         remember_settings(model, settings)
+        if settings.owners:  # its layers can be found: let them read their weights as they did
+            TiedLayers(model)
     elif (folder / "checkpoints" / "best").is_dir():
         best = read_checkpoint(folder / "checkpoints" / "best")
         tensors = best.weights()
         model = lay_out(_config_of(best.facts, folder)).eval() if model is None else model
-        remember_settings(model, best.settings)
-        TiedLayers(model).apply(best.tying)
+        remember_settings(model, best.settings.but(mixes=False))
+        layers = TiedLayers(model)
+        layers.apply(best.tying)
+        if best.settings.mixes:
+            layers.mix()
     else:
         raise InputError(
             f"{folder} is neither a run with a best checkpoint nor a compact export "
