@@ -293,7 +293,8 @@ def test_mixtures_and_residual_scaling_are_exported_both_ways(family, tmp_path):
     assert TiedLayers(loaded).mixtures is not None, "it goes on mixing"
     plain, info = CLASSES[family].from_pretrained(tmp_path / "expanded", output_loading_info=True)
     assert not any(info.values())
-    assert_close(logits(plain, family), expected)
+    # Stored in float32, a mixed weight is rounded once more.
+    torch.testing.assert_close(logits(plain, family), expected, rtol=0, atol=1e-6)
 
 
 def test_settings_make_a_round_trip_through_json():

@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from layer_tying.core.find import find_layers
+from layer_tying.core.mixtures import Mixtures
 from layer_tying.core.settings import TyingSettings, remember_settings
 from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.models.build import allocate, lay_out, replace_tensors
 from layer_tying.saving.checkpoint import check_fit, read_checkpoint, unique_tensors
@@ -42,24 +45,25 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors, aliases, settings = _read_compact(folder / COMPACT)
         model = lay_out(_read_config(folder)).eval() if model is None else model
         _share(model, aliases, folder)
-        remember_settings(model, settings)
-        if settings.owners:  # its layers can be found: let them read their weights as they did
-            TiedLayers(model)
     elif (folder / "checkpoints" / "best").is_dir():
         best = read_checkpoint(folder / "checkpoints" / "best")
         tensors = best.weights()
         model = lay_out(_config_of(best.facts, folder)).eval() if model is None else model
-        remember_settings(model, best.settings.but(mixes=False))
-        layers = TiedLayers(model)
-        layers.apply(best.tying)
-        if best.settings.mixes:
-            layers.mix()
+        settings = best.settings
+        remember_settings(model, settings.but(mixes=False))
+        TiedLayers(model).apply(best.tying)
     else:
         raise InputError(
             f"{folder} is neither a run with a best checkpoint nor a compact export "
             f"(a plain transformers folder is loaded by from_pretrained)"
         )
+    if settings.mixes:  # room for the coefficients
+        stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
+        Mixtures(stack, Tying(settings.owners))
     _put_in(model, tensors, folder)
+    remember_settings(model, settings)
+    if settings.owners:  # the layers can be found: they read their weights as they did
+        TiedLayers(model)
     if isinstance(model, PreTrainedModel) and (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
