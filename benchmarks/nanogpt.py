@@ -98,7 +98,7 @@ def run(script: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("repository", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare, input.txt")
     parser.add_argument("--commit", default="", help="of the checkout, for the record")

@@ -82,7 +82,7 @@ def train_rows(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--output-dir", default=f"runs/{SCALE}", help="where the runs lie")
     parser.add_argument("--data-dir", help="where local data sets lie (else $LAYER_TYING_DATA)")

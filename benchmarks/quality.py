@@ -220,7 +220,7 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of earlier results and of all runs done since, written down."""
     rows = rows_so_far(options)
     known = known_runs(rows)
-    every = product(SETS, REGIMES, METHODS, options.rates, options.seeds)
+    every: Iterable[Run] = product(SETS, REGIMES, METHODS, options.rates, options.seeds)
     new = [run for run in every if run not in known and has_ended(run, options)]
     rows += [row_of(run, options) for run in new]
     options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -91,4 +91,5 @@ def rank_correlation(groups: Groups) -> str:
             measured.append(-math.log(mean(rows, "test_perplexity")))
     if len(predicted) < 4:
         return ""
-    return f"{spearmanr(predicted, measured).statistic:.2f} ({len(predicted)})"
+    correlation = spearmanr(predicted, measured)[0]
+    return f"{correlation:.2f} ({len(predicted)})"

@@ -129,7 +129,7 @@ def measure_decision(case: Case) -> Case:
     for repeat in range(case["repeats"] + 1):
         seconds = timed_step(model, optimizer, case["length"])["step"]
         start = now()
-        dynamic.step(reward)
+        dynamic.step(reward=reward)
         if repeat:
             steps.append(seconds)
             decisions.append(now() - start)

@@ -68,7 +68,7 @@ def test_a_decision_says_what_was_done():
     tying = make(policy=policy)
     seen = []
 
-    def reward() -> float:
+    def reward() -> torch.Tensor:
         seen.append(tying.tying)
         tying.layers.verify()
         return torch.tensor(-2.5)

@@ -22,7 +22,7 @@ TYINGS = [Tying((0, 0, 0, 0, 0, 0)), Tying((0, 1, 0, 1, 4, 1)), Tying.independen
 MODELS = [Plain, gpt2, llama]
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: nn.Module) -> nn.Module:
     if isinstance(model, Plain):
         return model.blocks
     is_gpt2 = isinstance(model, transformers.GPT2LMHeadModel)

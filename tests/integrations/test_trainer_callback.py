@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def callback(**changes) -> DynamicTyingCallback:
     return DynamicTyingCallback(**({"policy": "dqn", "every": 2} | changes))
 
 
-def history(run: Trainer) -> list[dict[str, object]]:
+def history(run: Trainer) -> list[dict[str, Any]]:
     """All that is logged but times, and the run's name."""
     kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step")
     kept += (
