@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
@@ -16,7 +17,7 @@ from layer_tying.report.style import GRID, INK, MUTED, PAPER
 
 PIXELS_PER_POINT = 1.55  # at which type of 9 points in a figure is as large as that of the page
 _TEMPLATES = Environment(loader=PackageLoader("layer_tying.report"), autoescape=True)
-_BLOCKS = _TEMPLATES.get_template("blocks.html").module
+_BLOCKS: Any = _TEMPLATES.get_template("blocks.html").module
 
 
 def document(
