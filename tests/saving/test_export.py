@@ -29,7 +29,7 @@ from layer_tying import (
     tie,
 )
 from layer_tying.cli import main
-from layer_tying.core.settings import TyingSettings, remember_settings, settings_of
+from layer_tying.core.tying_settings import TyingSettings, remember_settings, settings_of
 from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.models.families import residual_outputs
 from layer_tying.runs.train import train

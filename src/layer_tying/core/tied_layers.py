@@ -23,8 +23,8 @@ from layer_tying.core.mixtures import Mixtures, coefficient_group
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
-from layer_tying.core.settings import remember_settings, settings_of
 from layer_tying.core.tying import Rules, Tying, storage_sources
+from layer_tying.core.tying_settings import remember_settings, settings_of
 from layer_tying.core.weight_access import read_as_they_are, read_detached, scale_output
 from layer_tying.errors import InputError, InvariantError
 

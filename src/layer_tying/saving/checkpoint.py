@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layer_tying.core.settings import TyingSettings, settings_of
 from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
 
 FORMAT = "layer-tying checkpoint 2"

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
-from layer_tying.core.settings import TyingSettings, settings_of
 from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.weight_access import weights_as_read
 from layer_tying.errors import InputError
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from layer_tying.core.find import find_layers
 from layer_tying.core.mixtures import Mixtures
-from layer_tying.core.settings import TyingSettings, remember_settings
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import TyingSettings, remember_settings
 from layer_tying.errors import InputError
 from layer_tying.models.build import allocate, lay_out, replace_tensors
 from layer_tying.saving.checkpoint import check_fit, read_checkpoint, unique_tensors
