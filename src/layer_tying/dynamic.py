@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layer_tying.core import distributed
+from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.find import LayerStack
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
@@ -121,6 +123,11 @@ class DynamicTying:
         if initial is None and policy.residual_scaling:
             options.setdefault("residual_scaling", policy.residual_scaling)
             options.setdefault("residual_outputs", _known_residual_outputs(model))
+        distributed.check_in_sync(
+            dict(model.named_parameters()),
+            "all processes start from the same weights: seed them alike before the model is made, "
+            "or load the same checkpoint",
+        )
         layers = TiedLayers(model, optimizer, **options)
         outputs = options.get("residual_outputs")
         self._begin(
@@ -132,6 +139,8 @@ class DynamicTying:
             max_independent=max_independent,
             residual_outputs=outputs,
         )
+        if distributed.world_size() > 1:
+            self._averaging = GradientAveraging(layers.stack)
 
     @classmethod
     def over(
@@ -164,6 +173,7 @@ class DynamicTying:
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
         self.layers: Layers = layers
+        self._averaging: GradientAveraging | None = None
         self.policy = policy
         self.every = every
         self.num_steps = 0
@@ -213,6 +223,13 @@ class DynamicTying:
         """Whether the next call of ``step`` decides."""
         return self.num_steps < self._settled_after and self.num_steps % self.every == 0
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Leave gradients as they are in the backward passes within, as DDP's ``no_sync`` does.
+
+        For gradient accumulation on several processes: for all batches but the last.
+        """
+        return self._averaging.no_sync() if self._averaging else nullcontext()
+
     def step(
         self, loss: Tensor | float | None = None, reward: Callable[[], float] | None = None
     ) -> Decision | None:
@@ -221,7 +238,8 @@ class DynamicTying:
         The policy learns from what followed the last decision and the layers are re-tied
         (Algorithm 1, lines 7-27). Call it after ``optimizer.step()``, gradients cleared.
 
-        With several processes, rank 0's action is everyone's and rewards are means over them.
+        With several processes, rank 0's action is everyone's and rewards are means over them;
+        training losses are averaged when the policy reads them.
 
         Args:
             loss: the training loss of this step, for a policy that learns from training losses. It
@@ -249,7 +267,11 @@ class DynamicTying:
         return self._decide(reward) if is_due else None
 
     def _decide(self, reward: Callable[[], float] | None) -> Decision:
-        distributed.check_in_sync(dict(self.layers.stack.model.named_parameters()))
+        distributed.check_in_sync(
+            dict(self.layers.stack.model.named_parameters()),
+            "its gradients were not averaged; initialise the process group before DynamicTying is "
+            "made, or call layer_tying.average_gradients(model.parameters()) after backward",
+        )
         previous_reward, event = self._learn_from_the_last()
         state = self.tying
         action = distributed.from_rank_0(self.policy.act(state))

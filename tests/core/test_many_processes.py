@@ -18,7 +18,6 @@ from small_runs import lines_of, signal_at, small, traces_of, write_text
 from tiny_models import Plain, loss_of
 
 from layer_tying import DynamicTying, InputError, RandomPolicy, TiedLayers, Tying
-from layer_tying.core import distributed
 from layer_tying.runs.config import TrainConfig
 
 
@@ -143,7 +142,6 @@ def many_transitions(number: int) -> list[tuple[int, int, int]]:
     counts, changes = [], 0
     for step in range(number + 1):
         loss_of(model, seed=step + dist.get_rank()).backward()
-        distributed.average_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         if step % number == 0:  # the same tying each time it is counted

@@ -2,7 +2,7 @@
 
 Facts:
 - Parameters come and go while a model trains. ``DistributedDataParallel`` knows those it was built
-  with and does not sync any that come later, so there is no wrapper here: ``average_gradients``
+  with and does not sync any that come later, so there is no wrapper here: who averages gradients
   looks at the parameters that are live, at each step. What is sent is proportional to them.
 - Every rank sees the same stream of global batches and takes the rows ``rank::world_size`` of each.
   The order of the data does not depend on the number of processes.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from layer_tying.errors import InputError
 
 T = TypeVar("T")
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 BUCKET_BYTES = 25 * 2**20  # DDP's: large enough to fill a link, small beside a model
 
 
@@ -50,98 +51,112 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
-    trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
-    pending: list[Callable[[], None]] = []
-    for gradients in _buckets(_gradients_anywhere(trainable)):
-        pending.append(_start_averaging(gradients))
+    trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad and not is_sharded(p)]
+    pending: list[tuple[list[Tensor], Callable[[], list[Tensor]]]] = []
+    for gradients in buckets(_gradients_anywhere(trainable)):
+        pending.append((gradients, start_averaging(gradients)))
         if len(pending) > 1:  # one is being sent while the next is put together
-            pending.pop(0)()
-    for finish in pending:
-        finish()
+            _put_in_place(*pending.pop(0))
+    for each in pending:
+        _put_in_place(*each)
+
+
+def _put_in_place(gradients: Sequence[Tensor], means: Callable[[], list[Tensor]]) -> None:
+    for gradient, mean in zip(gradients, means(), strict=True):
+        gradient.copy_(mean)
+
+
+def mark_averaged(gradient: Tensor) -> None:
+    """Note that a gradient is a mean over all processes, as it is now."""
+    gradient._averaged_version = gradient._version  # type: ignore[attr-defined]
+
+
+def _is_averaged(gradient: Tensor) -> bool:
+    return getattr(gradient, "_averaged_version", None) == gradient._version
 
 
 def _gradients_anywhere(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradients that at least one rank has; made of zeros where it is another rank."""
-    has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-    with _others_may_be_lost():
-        dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=_between_cpus())
+    """The gradients to average: those that a rank has; made of zeros where it is another rank."""
+    is_due = [p.grad is not None and not _is_averaged(p.grad) for p in parameters]
+    somewhere = torch.tensor(is_due, dtype=torch.uint8)
+    with others_may_be_lost():
+        dist.all_reduce(somewhere, dist.ReduceOp.MAX, group=_between_cpus())
     gradients = []
-    for parameter, somewhere in zip(parameters, has_gradient.tolist(), strict=True):
-        if somewhere:
+    for parameter, is_needed in zip(parameters, somewhere.tolist(), strict=True):
+        if is_needed:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     return gradients
 
 
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
     """Neighbours of one type, together at most ``BUCKET_BYTES`` (or one that is larger)."""
-    bucket: list[Tensor] = []
+    bucket: list[AnyTensor] = []
     size = 0
-    for gradient in gradients:
-        is_full = size + gradient.nbytes > BUCKET_BYTES
-        if bucket and (is_full or gradient.dtype != bucket[0].dtype):
+    for tensor in tensors:
+        is_full = size + tensor.nbytes > BUCKET_BYTES
+        if bucket and (is_full or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
+        bucket.append(tensor)
+        size += tensor.nbytes
     if bucket:
         yield bucket
 
 
-def _start_averaging(gradients: Sequence[Tensor]) -> Callable[[], None]:
-    """Send a bucket on its way; what is returned waits for it and puts the means in place.
-
-    A gradient that is alone in its bucket is large, and is averaged where it lies.
-    """
-    is_alone = len(gradients) == 1 and gradients[0].is_contiguous()
-    flat = gradients[0] if is_alone else torch.cat([g.reshape(-1) for g in gradients])
-    flat.div_(world_size())
-    with _others_may_be_lost():
-        work = dist.all_reduce(flat, async_op=True)
+def start_averaging(
+    gradients: Sequence[Tensor], group: dist.ProcessGroup | None = None
+) -> Callable[[], list[Tensor]]:
+    """Send a copy of these gradients; what is returned waits for their means and has them."""
+    flat = torch.cat([g.detach().reshape(-1) for g in gradients]).div_(world_size())
+    with others_may_be_lost():
+        work = dist.all_reduce(flat, group=group, async_op=True)
     assert work is not None
 
-    def finish() -> None:
-        with _others_may_be_lost():
+    def means() -> list[Tensor]:
+        with others_may_be_lost():
             work.wait()
-        if not is_alone:
-            for gradient, mean in zip(
-                gradients, flat.split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(mean.view_as(gradient))
+        parts = flat.split([g.numel() for g in gradients])
+        return [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
 
-    return finish
+    return means
 
 
-def check_in_sync(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Check that all ranks have the same weights, to the last bit.
+def check_in_sync(parameters: Mapping[str, nn.Parameter], remedy: str) -> None:
+    """Check that all ranks have the same weights, to the last bit. Sharded ones are held once.
 
     Args:
         parameters: the model's, by name.
+        remedy: what to do about weights that differ.
 
     Raises:
-        InputError: if a parameter differs between ranks, naming the first, or if they are sharded.
+        InputError: on all ranks, if a parameter differs between them, naming the first.
     """
-    refuse_sharded(parameters.values())
     if world_size() == 1:
         return
-    everyone = gather([int(_bit_sum(p)) for p in parameters.values()])
-    for name, *ours in zip(parameters, *everyone, strict=True):
-        if len(set(ours)) > 1:
-            raise InputError(
-                f"{name} differs between processes: call layer_tying.average_gradients("
-                f"model.parameters()) after backward, without DistributedDataParallel, which "
-                f"does not sync parameters that are made while a model trains"
-            )
+    everyone = gather({n: _facts(p) for n, p in parameters.items() if not is_sharded(p)})
+    for name in dict.fromkeys(name for facts in everyone for name in facts):
+        if len({facts.get(name) for facts in everyone}) > 1:
+            raise InputError(f"{name} differs between processes: {remedy}")
+
+
+def _facts(parameter: nn.Parameter) -> tuple[str, int]:
+    return f"{tuple(parameter.shape)} {parameter.dtype}", int(_bit_sum(parameter))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    if not dist.is_initialized():  # then there are none, and importing them takes a second
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def refuse_sharded(parameters: Iterable[nn.Parameter]) -> None:
     """Raise an InputError if FSDP2, or whatever else makes DTensors, has sharded parameters."""
-    if not dist.is_initialized():  # then there are none, and importing them takes a second
-        return
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
+    if any(is_sharded(parameter) for parameter in parameters):
         raise InputError(
             "the model is sharded, and its tying cannot change any more: FSDP settles which layers "
             "share weights. Tie the layers first, keep that tying, and shard last"
@@ -170,7 +185,7 @@ def gather(value: T) -> list[T]:
     """The values of all ranks, in their order."""
     values: list[T] = [value] * world_size()
     if world_size() > 1:
-        with _others_may_be_lost():
+        with others_may_be_lost():
             dist.all_gather_object(values, value, group=_between_cpus())
     return values
 
@@ -180,7 +195,7 @@ def sums(*values: float) -> list[float]:
     if world_size() == 1:
         return list(values)
     totals = torch.tensor(values, dtype=torch.float64)
-    with _others_may_be_lost():
+    with others_may_be_lost():
         dist.all_reduce(totals, group=_between_cpus())
     return totals.tolist()
 
@@ -199,7 +214,7 @@ def from_rank_0(value: T) -> T:
     """Rank 0's value, on every rank."""
     values = [value]
     if world_size() > 1:
-        with _others_may_be_lost():
+        with others_may_be_lost():
             dist.broadcast_object_list(values, src=0, group=_between_cpus())
     return values[0]
 
@@ -222,7 +237,7 @@ def on_rank_0(function: Callable[[], object]) -> None:
 
 
 @contextmanager
-def _others_may_be_lost() -> Iterator[None]:
+def others_may_be_lost() -> Iterator[None]:
     """Say in one line what torch says in many when another process is gone."""
     try:
         yield

@@ -67,8 +67,8 @@ def find_layers(
     if isinstance(model, DistributedDataParallel):
         raise InputError(
             "the model is wrapped in DistributedDataParallel, which never syncs parameters made "
-            "later: pass model.module, drop the wrapper, and call "
-            "layer_tying.average_gradients(model.parameters()) after backward"
+            "later: make DynamicTying with the bare model first, then wrap it (accelerator.prepare "
+            "wraps too)"
         )
     containers = _named(model, layers) if layers else [_search(model, untied)]
     names, blocks = [], []
