@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
-from layer_tying.core.find import LayerStack
+from layer_tying.core.layers import Layers
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import Options, TiedLayers
@@ -34,26 +34,6 @@ from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # comes with torch
-
-
-class Layers(Protocol):
-    """The part of ``TiedLayers`` that a policy's decisions need; ablations have it too."""
-
-    tying: Tying
-    rules: Rules
-    stack: LayerStack
-
-    def apply(self, tying: Tying) -> None:
-        """Change to another tying."""
-        ...
-
-    def mix(self) -> object:
-        """Let the layers learn mixtures of their shared weights."""
-        ...
-
-    def verify(self) -> None:
-        """Raise an InvariantError if the layers are not what their tying says."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -123,11 +103,7 @@ class DynamicTying:
         if initial is None and policy.residual_scaling:
             options.setdefault("residual_scaling", policy.residual_scaling)
             options.setdefault("residual_outputs", _known_residual_outputs(model))
-        distributed.check_in_sync(
-            dict(model.named_parameters()),
-            "all processes start from the same weights: seed them alike before the model is made, "
-            "or load the same checkpoint",
-        )
+        distributed.check_in_sync(model, distributed.START_ALIKE)
         layers = TiedLayers(model, optimizer, **options)
         outputs = options.get("residual_outputs")
         self._begin(
@@ -267,11 +243,7 @@ class DynamicTying:
         return self._decide(reward) if is_due else None
 
     def _decide(self, reward: Callable[[], float] | None) -> Decision:
-        distributed.check_in_sync(
-            dict(self.layers.stack.model.named_parameters()),
-            "its gradients were not averaged; initialise the process group before DynamicTying is "
-            "made, or call layer_tying.average_gradients(model.parameters()) after backward",
-        )
+        distributed.check_in_sync(self.layers.stack.model, distributed.AVERAGE)
         previous_reward, event = self._learn_from_the_last()
         state = self.tying
         action = distributed.from_rank_0(self.policy.act(state))

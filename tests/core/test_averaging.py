@@ -51,7 +51,7 @@ def train(steps: int, every: int = 1) -> tuple[Losses, list[tuple[int, ...]], We
 
 def assert_followed(world: int, steps: int) -> None:
     ((losses, states, weights),) = on_ranks(1, train, steps)
-    ranks = on_ranks(world, train, steps, timeout=300)
+    ranks = on_ranks(world, train, steps)
     assert len(set(states)) > min(steps, 100) // 2
     for their_losses, their_states, their_weights in ranks:
         assert their_losses == pytest.approx(losses, rel=1e-5)

@@ -91,7 +91,7 @@ def test_one_process_has_nothing_to_agree_on():
         1,
         "x",
     )
-    distributed.check_in_sync({"weight": parameter}, "do this")
+    distributed.check_in_sync(nn.Linear(2, 2), "do this")
     with pytest.raises(InputError, match="full"):
         distributed.on_rank_0(refuse)
 

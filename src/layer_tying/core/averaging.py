@@ -60,7 +60,7 @@ class GradientAveraging:
     """Averages the gradients of a model's live parameters, whatever they are at each step.
 
     Where ``DistributedDataParallel`` wraps the model, it averages all but the layers' parameters,
-    and its ``no_sync`` holds for those too.
+    and its ``no_sync`` holds for those too. The last one that was made for a model is in charge.
 
     Args:
         stack: the layers of the model, which is not wrapped yet.
@@ -70,10 +70,11 @@ class GradientAveraging:
         self._stack = stack
         self._group = dist.new_group()
         self._is_paused = False
+        self._replace_earlier()
         self._hooks = WeakIdKeyDictionary()  # of each parameter
         self._backward: Callable[[], object] = lambda: None  # a weak reference, while it runs
         leave_layers_to_us(stack)
-        stack.model.register_forward_pre_hook(_note_wrapper)
+        self._note = stack.model.register_forward_pre_hook(_note_wrapper)
         self._add_hooks(_trainable(stack.model.parameters()))
 
     @contextmanager
@@ -85,6 +86,14 @@ class GradientAveraging:
         finally:
             self._is_paused = False
 
+    def _replace_earlier(self) -> None:
+        earlier = _in_charge.get(self._stack.model)
+        before = earlier() if earlier else None
+        if before is not None:
+            for hook in (before._note, *before._hooks.values()):
+                hook.remove()
+        _in_charge[self._stack.model] = weakref.ref(self)
+
     def _add_hooks(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             if parameter not in self._hooks:
@@ -92,15 +101,13 @@ class GradientAveraging:
                 self._hooks[parameter] = hook
 
     def _averaged_here(self) -> list[nn.Parameter]:
-        """The parameters to average, in the order of the model."""
-        if _wrapper_of(self._stack.model) is None:
-            return _trainable(self._stack.model.parameters())
-        in_layers = (
-            module._parameters[attribute]
-            for slots in self._stack.slots
-            for module, attribute in slots.values()
-        )
-        return _trainable(p for p in in_layers if p is not None)
+        """The parameters to average, in the order of the model: those that DDP does not hold."""
+        parameters = _trainable(self._stack.model.parameters())
+        wrapper = _wrapper_of(self._stack.model)
+        if wrapper is None:
+            return parameters
+        held = {id(p) for p in wrapper._module_parameters}
+        return [p for p in parameters if id(p) not in held]
 
     def _gradient_is_made(self, parameter: nn.Parameter) -> None:
         wrapper = _wrapper_of(self._stack.model)
@@ -184,6 +191,8 @@ def _put_in_place(
         mark_averaged(parameter.grad)
 
 
+_in_charge: weakref.WeakKeyDictionary[nn.Module, weakref.ref[GradientAveraging]]
+_in_charge = weakref.WeakKeyDictionary()
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]]
 _wrappers = weakref.WeakKeyDictionary()
 

@@ -13,7 +13,7 @@ Facts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
@@ -27,6 +27,16 @@ from layer_tying.errors import InputError
 T = TypeVar("T")
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 BUCKET_BYTES = 25 * 2**20  # DDP's: large enough to fill a link, small beside a model
+
+
+START_ALIKE = (  # what to do about weights that differ between processes
+    "all processes start from the same weights: seed them alike before the model is made, or load "
+    "the same checkpoint"
+)
+AVERAGE = (
+    "its gradients were not averaged; initialise the process group before DynamicTying is made, or "
+    "call layer_tying.average_gradients(model.parameters()) after backward"
+)
 
 
 def rank() -> int:
@@ -123,11 +133,11 @@ def start_averaging(
     return means
 
 
-def check_in_sync(parameters: Mapping[str, nn.Parameter], remedy: str) -> None:
+def check_in_sync(model: nn.Module, remedy: str) -> None:
     """Check that all ranks have the same weights, to the last bit. Sharded ones are held once.
 
     Args:
-        parameters: the model's, by name.
+        model: every rank's own.
         remedy: what to do about weights that differ.
 
     Raises:
@@ -135,7 +145,7 @@ def check_in_sync(parameters: Mapping[str, nn.Parameter], remedy: str) -> None:
     """
     if world_size() == 1:
         return
-    everyone = gather({n: _facts(p) for n, p in parameters.items() if not is_sharded(p)})
+    everyone = gather({n: _facts(p) for n, p in model.named_parameters() if not is_sharded(p)})
     for name in dict.fromkeys(name for facts in everyone for name in facts):
         if len({facts.get(name) for facts in everyone}) > 1:
             raise InputError(f"{name} differs between processes: {remedy}")
