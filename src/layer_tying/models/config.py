@@ -33,12 +33,16 @@ class ModelConfig:
     """width of the model"""
     dropout: float = 0.0
     """dropout probability"""
+    init_std: float = 0.02
+    """standard deviation of the initial weights"""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 1, ("nhead", "emsize"))
         check_at_least(self, 2, ("nlayers",))
         check_shares(self, ("dropout",))
+        if not self.init_std > 0:
+            raise InputError(f"init_std is more than 0, got {self.init_std}")
         if self.emsize % self.nhead:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
         multiple = FAMILIES[self.family].head_width_multiple

@@ -119,6 +119,7 @@ def _gpt2(model: ModelConfig, text: TextInput) -> PretrainedConfig:
     from transformers import GPT2Config
 
     return GPT2Config(
+        initializer_range=model.init_std,
         n_layer=model.nlayers,
         n_head=model.nhead,
         n_embd=model.emsize,
@@ -137,6 +138,7 @@ def _llama(model: ModelConfig, text: TextInput) -> PretrainedConfig:
     from transformers import LlamaConfig
 
     return LlamaConfig(
+        initializer_range=model.init_std,
         num_hidden_layers=model.nlayers,
         num_attention_heads=model.nhead,
         hidden_size=model.emsize,
@@ -153,6 +155,7 @@ def _bert(model: ModelConfig, text: TextInput) -> PretrainedConfig:
     from transformers import BertConfig
 
     return BertConfig(
+        initializer_range=model.init_std,
         num_hidden_layers=model.nlayers,
         num_attention_heads=model.nhead,
         hidden_size=model.emsize,
@@ -171,6 +174,7 @@ def _vit(model: ModelConfig, images: ImageInput) -> PretrainedConfig:
     from transformers import ViTConfig
 
     return ViTConfig(
+        initializer_range=model.init_std,
         num_hidden_layers=model.nlayers,
         num_attention_heads=model.nhead,
         hidden_size=model.emsize,
