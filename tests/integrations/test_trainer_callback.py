@@ -1,117 +1,32 @@
 """The callback of transformers' Trainer: ties, saves, and goes on exactly where it stopped."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from tiny_models import Plainest, gpt2, llama, tokens
+from tiny_trainer import (
+    STEPS,
+    Sequences,
+    callback,
+    history,
+    moments,
+    trainer,
+    weights,
+)
 from tolerance import assert_close
-from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layer_tying import DynamicTying, InputError, RandomPolicy, TiedLayers, Tying
 from layer_tying.integrations.trainer import FOLDER, DynamicTyingCallback, _batch_reward
 
-STEPS = 12
-
-
-class Sequences(Dataset):
-    """32 sequences that the model can learn: each counts up from its own number."""
-
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = (torch.arange(8) + index) % 40
-        return {"input_ids": ids, "labels": ids}
-
 
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([Sequences()[i] for i in range(32)] * 4)
-
-
-class Verify(TrainerCallback):
-    """After every step: state, storage and optimizer agree."""
-
-    def __init__(self, tying: DynamicTyingCallback, stop_at: int | None = None) -> None:
-        self.tying, self.stop_at, self.owners = tying, stop_at, []
-
-    def on_step_end(self, args, state, control, **at_hand):
-        dynamic = self.tying.dynamic
-        dynamic.layers.verify()
-        model = at_hand["model"]
-        held = {id(p) for group in at_hand["optimizer"].param_groups for p in group["params"]}
-        assert held == {id(p) for p in model.parameters() if p.requires_grad}
-        self.owners.append(dynamic.tying.owners)
-        if state.global_step == self.stop_at:
-            control.should_training_stop = True
-
-
-def with_dropout() -> transformers.GPT2LMHeadModel:
-    model = gpt2()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
-    return model
-
-
-def trainer(
-    folder: Path,
-    callback: DynamicTyingCallback,
-    *,
-    make=with_dropout,
-    model_seed: int = 0,
-    stop_at: int | None = None,
-    **changes,
-) -> Trainer:
-    torch.manual_seed(model_seed)
-    model = make()
-    settings = {
-        **{"output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4},
-        **{"use_cpu": True, "disable_tqdm": True, "report_to": [], "learning_rate": 1e-2},
-        **{"logging_steps": 1, "save_steps": 5, "eval_steps": 3, "seed": 7},
-    }
-    data = changes.pop("train_dataset", Sequences())
-    return Trainer(
-        model,
-        TrainingArguments(**(settings | changes)),
-        train_dataset=data,
-        eval_dataset=Sequences(),
-        callbacks=[callback, Verify(callback, stop_at)],
-    )
-
-
-def callback(**changes) -> DynamicTyingCallback:
-    return DynamicTyingCallback(**({"policy": "dqn", "every": 2} | changes))
-
-
-def history(run: Trainer) -> list[dict[str, Any]]:
-    """All that is logged but times, and the run's name."""
-    kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step")
-    kept += (
-        "tying",
-        "tying_previous_reward",
-        "tying_reward",
-        "tying_epsilon",
-        "independent_layers",
-    )
-    entries = [{key: entry.get(key) for key in kept} for entry in run.state.log_history]
-    return [entry for entry in entries if len([v for v in entry.values() if v is not None]) > 1]
-
-
-def weights(run: Trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach() for n, p in run.model.named_parameters(remove_duplicate=False)}
-
-
-def moments(run: Trainer) -> dict[str, dict[str, torch.Tensor]]:
-    state = run.optimizer.state
-    return {name: state[p] for name, p in run.model.named_parameters()}
 
 
 def assert_equal(one, other):
@@ -311,12 +226,15 @@ def test_a_stream_is_fine_with_evaluations(tmp_path):
     assert any(entry["tying_reward"] for entry in history(run))
 
 
-def test_several_devices_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "says"), [("n_gpu", "2 GPUs in one process"), ("world_size", "callbacks=")]
+)
+def test_what_wraps_the_model_unasked_is_refused(tmp_path, monkeypatch, name, says):
     run = trainer(tmp_path, callback())
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(InputError, match="2 devices"):
+    monkeypatch.setattr(TrainingArguments, name, 2)
+    with pytest.raises(InputError, match=says):
         callback().on_train_begin(
-            run.args, run.state, run.control, train_dataloader=None, model=run.model
+            run.args, run.state, run.control, train_dataloader=None, model=run.model, optimizer=None
         )
 
 

@@ -56,6 +56,11 @@ def leave_layers_to_us(stack: LayerStack) -> None:
     setattr(stack.model, IGNORED, list(dict.fromkeys([*already, *ours])))
 
 
+def are_layers_left_to_us(model: nn.Module) -> bool:
+    """Whether ``leave_layers_to_us`` was called for a model."""
+    return hasattr(model, IGNORED)
+
+
 class GradientAveraging:
     """Averages the gradients of a model's live parameters, whatever they are at each step.
 

@@ -10,6 +10,10 @@ So the Trainer's own files stay such that it can always load them: ``model.safet
 copy of the weights for each layer (any ``from_pretrained`` loads it), ``optimizer.pt`` the settings
 without the moments. What training goes on from is in ``layer_tying/`` beside them: each distinct
 weight once, its moments by name, the tying and the agent.
+
+On several processes (``torchrun``, ``accelerate launch``) the Trainer wraps the model in DDP before
+training begins. When it is made, the callback has DDP told to leave the layers' weights alone;
+``DynamicTying`` averages their gradients. Rank 0 saves, and a run goes on on any number.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layer_tying.core import distributed
+from layer_tying.core.averaging import are_layers_left_to_us, leave_layers_to_us
+from layer_tying.core.find import find_layers
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
 from layer_tying.policies import make_policy
@@ -84,12 +91,20 @@ class DynamicTyingCallback(TrainerCallback):
         self._are_shares = False  # of a batch's loss, to be added up, not averaged
         self._hooks: list[Any] = []
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
+    ) -> None:
+        """Before the Trainer wraps the model: see to it that DDP leaves the layers to us."""
+        if args.world_size > 1:
+            which = {k: v for k, v in self._options.items() if k in ("layers", "untied", "by_kind")}
+            leave_layers_to_us(find_layers(at_hand["model"], **which))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
     ) -> None:
         """Tie the layers: the optimizer exists, and has loaded what the Trainer resumes from."""
-        _refuse_devices(args)
         model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
+        _refuse_devices(args, model)
         if self._options["policy"].reward == "evaluation":
             _refuse_reward(args, self._reward, at_hand["train_dataloader"])
         sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -105,6 +120,7 @@ class DynamicTyingCallback(TrainerCallback):
             self.dynamic.load_state_dict(training["tying"])
             self.dynamic.layers.verify()
         else:
+            self._run = distributed.from_rank_0(self._run)
             self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
         self._attach(model, optimizer, sizes)
 
@@ -115,7 +131,7 @@ class DynamicTyingCallback(TrainerCallback):
         assert self.dynamic
         measure = partial(_batch_reward, args, state, at_hand["model"], at_hand["train_dataloader"])
         reward = measure if self._reward == "batch" else None
-        decision = self.dynamic.step(self._loss_of_step(), reward)
+        decision = self.dynamic.step(self._loss_of_step(args), reward)
         if decision:
             self._log(state, **_log_entry(decision))
 
@@ -138,7 +154,8 @@ class DynamicTyingCallback(TrainerCallback):
         """Add what is ours to the checkpoint that the Trainer has just written."""
         assert self.dynamic
         model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
-        checkpoint.save_checkpoint(
+        save = partial(
+            checkpoint.save_checkpoint,
             _folder_of(args, state.global_step) / FOLDER,
             model,
             self.dynamic.tying,
@@ -150,6 +167,7 @@ class DynamicTyingCallback(TrainerCallback):
                 "tying": self.dynamic.state_dict(),
             },
         )
+        distributed.on_rank_0(save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
@@ -186,19 +204,27 @@ class DynamicTyingCallback(TrainerCallback):
             self._losses.append(output["loss"].detach())
             self._are_shares = options.get("num_items_in_batch") is not None
 
-    def _loss_of_step(self) -> Tensor | None:
+    def _loss_of_step(self, args: TrainingArguments) -> Tensor | None:
         if not self._losses:
             return None
         losses = torch.stack(self._losses)
         self._losses.clear()
-        return losses.sum() if self._are_shares else losses.mean()
+        if not self._are_shares:
+            return losses.mean()
+        of_all_processes = args.world_size if args.average_tokens_across_devices else 1
+        return losses.sum() * of_all_processes
 
 
-def _refuse_devices(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
+def _refuse_devices(args: TrainingArguments, model: nn.Module) -> None:
+    if args.n_gpu > 1:
         raise InputError(
-            f"the Trainer runs on {max(args.world_size, args.n_gpu)} devices, and what it wraps "
-            f"the model in does not notice new parameters: run it on one device"
+            f"the Trainer runs on {args.n_gpu} GPUs in one process, which copies the model at each "
+            f"step: start one process a GPU with torchrun or accelerate launch"
+        )
+    if args.world_size > 1 and not are_layers_left_to_us(model):
+        raise InputError(
+            "the Trainer has wrapped the model already: give it the callback when it is made, "
+            "Trainer(..., callbacks=[...]), not later"
         )
 
 
@@ -243,10 +269,14 @@ def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Chec
 def _batch_reward(
     args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader[Any]
 ) -> float:
-    """Minus the loss of a random training batch; leaves the training's random numbers alone."""
+    """Minus the loss of a random training batch; leaves the training's random numbers alone.
+
+    Processes draw one batch and take a share each.
+    """
     examples: Any = loader.dataset
     rng = np.random.default_rng([args.seed, state.global_step])
-    indices = rng.integers(len(examples), size=args.train_batch_size)
+    drawn = rng.integers(len(examples), size=args.train_batch_size * args.world_size)
+    indices = drawn[args.process_index :: args.world_size]
     with torch.random.fork_rng(devices=[]):  # for collators that mask or augment
         seed = int(rng.integers(2**32))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
