@@ -56,3 +56,8 @@ def test_loss_and_accuracy_of_a_batch_and_two_streams():
 def test_masked_models_are_refused():
     with pytest.raises(InputError, match="khop:2 is for causal models: take --objective causal"):
         build_task(DATA, shape("bert"), seed=0)
+
+
+def test_images_are_not_hops():
+    with pytest.raises(InputError, match="unknown image data set 'khop:2'"):
+        build_task(DATA, shape("vit"), seed=0)

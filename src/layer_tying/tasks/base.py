@@ -80,10 +80,10 @@ def build_task(
     """
     if data.task:
         return _glue(data, model, seed, tokenizer_folder)
-    if is_khop(data.dataset):
-        return KhopTask(data, model, seed)
     if FAMILIES[model.family].kind == "image":
         return ImageTask(data, model, seed, load_images(data.dataset, data.data_dir))
+    if is_khop(data.dataset):
+        return KhopTask(data, model, seed)
     texts = load_texts(data.dataset, data.data_dir)
     tokenizer = load_tokenizer(data.tokenizer, texts.train, data.data_dir)
     last_words = [] if is_masked(data, model) else load_last_words(data.dataset, data.data_dir)
