@@ -26,8 +26,8 @@ from layer_tying.models.build import build_model, transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
 from layer_tying.paper.results import processor
-from layer_tying.runs.folder import environment
 from layer_tying.runs.memory import peak_bytes, return_freed_memory
+from layer_tying.runs.summary import environment
 from layer_tying.tasks.cross_entropy import language_model_loss
 
 Case = dict[str, Any]  # what is measured; with what was measured added, a row of the results

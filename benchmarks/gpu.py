@@ -22,9 +22,11 @@ from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.models.build import build_model
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.folder import RunLog
+from layer_tying.runs.devices import make_accelerator
+from layer_tying.runs.folder import RunFolder
 from layer_tying.runs.memory import peak_bytes
-from layer_tying.runs.trainer import Training
+from layer_tying.runs.resolve import resolve
+from layer_tying.runs.trainer import Trainer
 from layer_tying.tasks.evaluation import evaluating
 
 BUDGET = 525.0  # seconds; gpu.sh stops at 540
@@ -38,16 +40,18 @@ def measure_numerics(case: Case) -> Case:
     for device in (torch.device("cpu"), DEVICE):
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = False
-        config = TrainConfig(nlayers=6, emsize=64, nhead=2, bptt=64, batch_size=4, seed=0)
-        training = Training(config, Accelerator(cpu=True), RunLog(Path("unused"), active=False))
-        model = training.model
+        config = TrainConfig.from_flat(
+            nlayers=6, emsize=64, nhead=2, bptt=64, batch_size=4, precision="fp32"
+        )
+        trainer = trainer_of(config, Accelerator(cpu=True))
+        model = trainer.model
         if device != torch.device("cpu"):
             moved = build_model(model.config, Tying.all_tied(6), device=device)
             with torch.no_grad():
                 for mine, its in zip(moved.parameters(), model.parameters(), strict=True):
                     mine.copy_(its)
             model = moved
-        losses.append(train_through_transitions(model, training, case["gradient"]))
+        losses.append(train_through_transitions(model, trainer, case["gradient"]))
         models.append(model)
     pairs = zip(*(model.parameters() for model in models), strict=True)
     return {
@@ -60,12 +64,18 @@ def measure_numerics(case: Case) -> Case:
     }
 
 
-def train_through_transitions(model: Any, training: Training, gradient: Any) -> list[float]:
+def trainer_of(config: TrainConfig, accelerator: Accelerator) -> Trainer:
+    """A trainer that writes nothing."""
+    resolved, task = resolve(config, accelerator.device)
+    return Trainer(resolved, task, accelerator, RunFolder(Path("unused"), active=False))
+
+
+def train_through_transitions(model: Any, trainer: Trainer, gradient: Any) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     layers = TiedLayers(model, optimizer, gradient=gradient)
     losses = []
     for step in range(20):
-        loss = training.workload.loss(model, next(training.workload.batches))
+        loss = trainer.task.loss(model, next(trainer.task.batches))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,43 +88,42 @@ def train_through_transitions(model: Any, training: Training, gradient: Any) -> 
 
 def measure_training(case: Case) -> Case:
     """Train one side of the pair for as long as it is given, scoring validation as it goes."""
-    config = TrainConfig(**case["config"])
-    training = Training(config, Accelerator(), RunLog(Path("unused"), active=False))
+    trainer = trainer_of(TrainConfig.from_flat(**case["config"]), make_accelerator())
     start = time.perf_counter()
     for _ in range(3):  # how long is a step?
-        training.train_step()
-        training.decide()
+        trainer.train_step()
+        trainer.decide()
     per_step = (time.perf_counter() - start) / 3
-    training.num_steps = max(10, int(0.85 * case["seconds"] / per_step))  # the rest validates
+    trainer.num_steps = max(10, int(0.85 * case["seconds"] / per_step))  # the rest validates
     curve: list[Case] = []
     due = time.perf_counter()
-    while training.step < training.num_steps:
-        loss = training.train_step()
-        training.decide()
+    while trainer.step < trainer.num_steps:
+        loss = trainer.train_step()
+        trainer.decide()
         spent = time.perf_counter() - start
-        is_last = training.step == training.num_steps or spent > case["seconds"]
+        is_last = trainer.step == trainer.num_steps or spent > case["seconds"]
         if time.perf_counter() >= due or is_last:
             due = time.perf_counter() + case["seconds"] / 8
-            curve.append(point(training, float(loss), spent))
+            curve.append(point(trainer, float(loss), spent))
         if is_last:
             break
     return {
-        "steps": training.step,
+        "steps": trainer.step,
         "step_seconds": per_step,
         "curve": curve,
-        "tally": training.tally.means(),
+        "tally": trainer.tally.means(),
         "peak_bytes": peak_bytes(DEVICE),
     }
 
 
-def point(training: Training, loss: float, seconds: float) -> Case:
-    with evaluating(training.model):
-        scores = training.workload.scores(training.model, "validation", 8)
+def point(trainer: Trainer, loss: float, seconds: float) -> Case:
+    with evaluating(trainer.model):
+        scores = trainer.task.scores(trainer.model, "validation", 8)
     return {
-        "step": training.step,
+        "step": trainer.step,
         "seconds": seconds,
         "loss": loss,
-        "independent_layers": training.layers.tying.num_independent,
+        "independent_layers": trainer.layers.tying.num_independent,
         **scores,
     }
 

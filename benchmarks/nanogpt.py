@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from layer_tying.runs.folder import environment
+from layer_tying.runs.summary import environment
 
 # Each line, and the line of train.py that it follows.
 LINES = {

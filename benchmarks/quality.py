@@ -178,7 +178,7 @@ def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     }
     if options.max_steps:
         settings["max_steps"] = options.max_steps
-    return TrainConfig(**(settings | METHODS[contestant]))
+    return TrainConfig.from_flat(**(settings | METHODS[contestant]))
 
 
 def shape_of(regime: str) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def row_of(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     row["hardware"] = summary["hardware"] | {"processor": processor()}
     row["steps"] = summary["steps"]
     row["rise_after_the_best"] = scored[-1] / min(scored)
-    if config.policy == "bandit":
+    if config.tying.policy == "bandit":
         row["worth"] = [each[-1] for each in worths[-1]]
     return row
 

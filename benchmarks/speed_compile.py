@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.models.build import build_model, transformers_config
-from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
-from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.optimization import adamw
+from layer_tying.runs.precision import autocast, choose_attention
 from layer_tying.tasks.cross_entropy import language_model_loss
 
 TRANSITIONS = 20
@@ -31,7 +31,7 @@ def measure_compile(case: Case) -> Case:
     """
     from torch._dynamo.utils import counters
 
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         policy="none",
         family=case["family"],
         nlayers=case["layers"],
@@ -70,21 +70,22 @@ def measure_compile(case: Case) -> Case:
 
 def side(config: TrainConfig, tying: Tying) -> Side:
     torch.manual_seed(0)
-    shape = ModelConfig(config.family, config.nlayers, config.nhead, config.emsize)
-    model_config = transformers_config(shape, TextInput(BYTES, config.bptt))
+    model_config = transformers_config(config.model, TextInput(BYTES, config.data.bptt))
     model = build_model(model_config, tying, device=DEVICE)
     model.config.use_cache = False
-    setup.choose_attention(model, config)
-    return model, setup.adamw(model, config)
+    choose_attention(model, config.optimization.precision, config.data.bptt)
+    return model, adamw(model, config.optimization)
 
 
 def step_seconds(config: TrainConfig, side: Side) -> float:
     model, optimizer = side
     rng = torch.Generator().manual_seed(0)
-    tokens: Tensor = torch.randint(BYTES, (config.batch_size, config.bptt + 1), generator=rng)
+    tokens: Tensor = torch.randint(
+        BYTES, (config.data.batch_size, config.data.bptt + 1), generator=rng
+    )
     tokens = tokens.to(DEVICE)
     start = time.perf_counter()
-    with setup.autocast(config, DEVICE):
+    with autocast(config.optimization.precision, DEVICE):
         loss = language_model_loss(model, tokens[:, :-1], tokens[:, 1:])  # type: ignore[arg-type]
     loss.backward()
     optimizer.step()

@@ -1,10 +1,10 @@
 """Runs small enough to test with, and real processes that cost no second start of torch.
 
 Processes are forked from a server that has imported the library once. They can be told to die by
-SIGKILL at the n-th call of any function, so a test chooses the instant and does not race for it.
+SIGKILL when a named event of ``layer_tying.events`` comes for the n-th time, so a test chooses the
+instant and does not race for it.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,10 +17,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from safetensors.torch import load_file
 
+from layer_tying import events
 from layer_tying.runs.config import TrainConfig
 
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "sun", "red")
@@ -48,7 +48,7 @@ def small(folder: Path, **changes: Any) -> TrainConfig:
         **{"max_steps": 24, "every": 5, "eval_every": 8, "save_every": 6, "log_every": 4},
         **{"eval_batch_size": 8, "eval_batches": 2, "precision": "fp32"},
     }
-    return TrainConfig(**(settings | changes))
+    return TrainConfig.from_flat(**(settings | changes))
 
 
 def in_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> int:
@@ -66,45 +66,52 @@ def _exit_code(process: Any) -> int:
     return process.exitcode
 
 
+def trainer_of(config: TrainConfig) -> Any:
+    """A trainer before its first step; its folder is not made yet."""
+    from layer_tying.runs.devices import make_accelerator
+    from layer_tying.runs.folder import RunFolder
+    from layer_tying.runs.resolve import resolve
+    from layer_tying.runs.trainer import Trainer
+
+    accelerator = make_accelerator()
+    resolved, task = resolve(config, accelerator.device)
+    return Trainer(resolved, task, accelerator, RunFolder(resolved.folder))
+
+
+def at_event(event: str, number: int, act: Callable[[], object]) -> None:
+    """Do something when an event comes for the n-th time."""
+    seen = 0
+
+    def count(name: str) -> None:
+        nonlocal seen
+        seen += name == event
+        if name == event and seen == number:
+            act()
+
+    events.subscribe(count)
+
+
+def signal_at(event: str, number: int, signal_number: int) -> None:
+    """Send this process a signal when an event comes for the n-th time."""
+    at_event(event, number, lambda: signal.raise_signal(signal_number))  # delivered on return
+
+
 def train_until(
-    config: TrainConfig, function: str, call: int, signal_number: int, resume: bool = False
+    config: TrainConfig, event: str, number: int, signal_number: int, resume: bool = False
 ) -> None:
-    """Train, and send this process a signal at the n-th call of ``module.function``."""
+    """Train, and send this process a signal when an event comes for the n-th time."""
     from layer_tying.runs.train import Interrupted, train
 
-    signal_at(function, call, signal_number)
+    signal_at(event, number, signal_number)
     try:
         train(config, resume=resume)
     except Interrupted:
         sys.exit(130)
 
 
-def signal_at(function: str, call: int, signal_number: int) -> None:
-    """Replace a function, or a method, by one that sends a signal before its n-th call."""
-    before_call(function, call, lambda: signal.raise_signal(signal_number))
-
-
-def before_call(function: str, call: int, action: Callable[[], object]) -> None:
-    """Replace a function, or a method, by one that does something before its n-th call."""
-    path, _, name = function.rpartition(".")
-    module, _, class_name = path.partition(":")
-    owner: Any = importlib.import_module(module)
-    owner = getattr(owner, class_name) if class_name else owner
-    original, calls = getattr(owner, name), 0
-
-    def counting(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-        return original(*arguments, **options)
-
-    setattr(owner, name, counting)
-
-
-def killed_at(config: TrainConfig, function: str, call: int, resume: bool = False) -> None:
-    """Train in a process that is killed by SIGKILL at the n-th call of a function."""
-    code = in_process(train_until, config, function, call, signal.SIGKILL, resume=resume)
+def killed_at(config: TrainConfig, event: str, number: int, resume: bool = False) -> None:
+    """Train in a process that is killed by SIGKILL when an event comes for the n-th time."""
+    code = in_process(train_until, config, event, number, signal.SIGKILL, resume=resume)
     assert code == -signal.SIGKILL, f"it was to be killed, but ended with {code}"
 
 
@@ -112,22 +119,19 @@ class Crash(Exception):
     """What ends a run that ``crashed_at`` a step."""
 
 
-def crashed_at(config: TrainConfig, call: int) -> None:
+def crashed_at(config: TrainConfig, step: int) -> None:
     """Train in this process up to an exception at the n-th step: cheaper than a process."""
     from layer_tying.runs.train import train
-    from layer_tying.runs.trainer import Training
 
-    original, calls = Training.train_step, 0
+    def crash() -> None:
+        raise Crash
 
-    def counting(training: Training) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Crash
-        return original(training)
-
-    with patch.object(Training, "train_step", counting), suppress(Crash):
-        train(config)
+    at_event("step", step, crash)
+    try:
+        with suppress(Crash):
+            train(config)
+    finally:
+        events.subscribe(None)
     assert not (config.folder / "summary.json").exists(), "it was to crash, but ended"
 
 
@@ -138,7 +142,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 def traces_of(folder: Path) -> dict[str, Any]:
     """All that two runs of one configuration must have in common, to the last bit."""
     metrics = lines_of(folder / "metrics.jsonl")
-    checkpoints = sorted(file.name for file in (folder / "checkpoints").iterdir())
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return {
         "metrics": [
             {key: value for key, value in line.items() if key not in NOT_REPEATABLE}
@@ -160,7 +164,7 @@ def traces_of(folder: Path) -> dict[str, Any]:
 class Command:
     """The command in a process of its own, started in a folder that its output goes to.
 
-    With ``hold_at``, a function and a number, it waits before that call until it is sent a signal.
+    With ``hold_at``, an event and a number, it waits there until it is sent a signal.
     """
 
     def __init__(
@@ -212,5 +216,5 @@ def _command(
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
     if hold:
         function, call, pipe = hold
-        before_call(function, call, lambda: (pipe.send("held"), pipe.recv()))
+        at_event(function, call, lambda: (pipe.send("held"), pipe.recv()))
     sys.exit(main(arguments))

@@ -3,23 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from layer_tying.core.budget import max_independent
-from layer_tying.core.distributed import average_gradients
-from layer_tying.core.find import find_layers
-from layer_tying.core.patterns import pattern
-from layer_tying.core.tied_layers import TiedLayers, tie
-from layer_tying.core.tying import Rules, Tying
-from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError, InvariantError
-from layer_tying.policies import POLICIES
-from layer_tying.policies.bandit import Bandit
-from layer_tying.policies.base import Policy
-from layer_tying.policies.dqn import DQN
-from layer_tying.policies.simple import RandomPolicy, Schedule
 
 if TYPE_CHECKING:
+    from layer_tying.core.budget import max_independent
+    from layer_tying.core.distributed import average_gradients
+    from layer_tying.core.find import find_layers
+    from layer_tying.core.patterns import pattern
     from layer_tying.core.sharding import shard_tied_layers
+    from layer_tying.core.tied_layers import TiedLayers, tie
+    from layer_tying.core.tying import Rules, Tying
+    from layer_tying.dynamic import Decision, DynamicTying
     from layer_tying.integrations.trainer import DynamicTyingCallback
+    from layer_tying.policies import POLICIES
+    from layer_tying.policies.bandit import Bandit
+    from layer_tying.policies.base import Policy
+    from layer_tying.policies.dqn import DQN
+    from layer_tying.policies.simple import RandomPolicy, Schedule
     from layer_tying.runs.config import TrainConfig
     from layer_tying.runs.train import train
     from layer_tying.saving.export import export_compact, export_expanded
@@ -54,14 +54,30 @@ __all__ = [
 ]
 
 
-# What needs transformers or FSDP, whose imports take seconds: they are imported when asked for.
+# Where they live. torch and transformers take seconds to import: only those who use them wait.
 _HOME = {
+    "Bandit": "policies.bandit",
+    "DQN": "policies.dqn",
+    "Decision": "dynamic",
+    "DynamicTying": "dynamic",
     "DynamicTyingCallback": "integrations.trainer",
+    "POLICIES": "policies",
+    "Policy": "policies.base",
+    "RandomPolicy": "policies.simple",
+    "Rules": "core.tying",
+    "Schedule": "policies.simple",
+    "TiedLayers": "core.tied_layers",
     "TrainConfig": "runs.config",
+    "Tying": "core.tying",
+    "average_gradients": "core.distributed",
     "export_compact": "saving.export",
     "export_expanded": "saving.export",
+    "find_layers": "core.find",
     "load": "saving.load",
+    "max_independent": "core.budget",
+    "pattern": "core.patterns",
     "shard_tied_layers": "core.sharding",
+    "tie": "core.tied_layers",
     "train": "runs.train",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from layer_tying.errors import InputError
@@ -19,7 +19,7 @@ def check_types(group: Any) -> None:
     """
     hints = get_type_hints(type(group))
     for each in fields(group):
-        value, allowed = getattr(group, each.name), _alternatives(hints[each.name])
+        value, allowed = getattr(group, each.name), alternatives(hints[each.name])
         if any(_is_a(value, kind) for kind in allowed):
             continue
         choices = [choice for kind in allowed for choice in get_args(kind) if choice]
@@ -60,7 +60,8 @@ def check_shares(group: Any, names: Iterable[str]) -> None:
             raise InputError(f"{name} is between 0 and 1, got {value}")
 
 
-def _alternatives(hint: Any) -> list[Any]:
+def alternatives(hint: Any) -> list[Any]:
+    """The types that an annotation allows."""
     if get_origin(hint) in (Union, types.UnionType):
         return list(get_args(hint))
     return [hint]
@@ -75,3 +76,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def hidden(default: Any) -> Any:
+    """A field that is settled by the program and is no flag of the command."""
+    return field(default=default, metadata={"hidden": True})

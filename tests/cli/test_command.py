@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from small_runs import Command, run_command, traces_of, write_text
 from tolerance import close_to
 
-from layer_tying.cli.command import _config, _parser
-from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.train import train
+from layer_tying.cli import experiments, main
+from layer_tying.runs.config import DEFAULTS, SETTINGS, TrainConfig, read_config
 
 SMALL = (
     *("--dataset", "text.txt", "--nlayers", "3", "--nhead", "2", "--emsize", "16"),
@@ -25,7 +23,12 @@ SMALL = (
     *("--precision", "fp32"),
 )
 FEW_STEPS = (*SMALL, "--max-steps", "12", "--every", "4", "--save-every", "6")
-SECOND_SAVE = ("layer_tying.runs.train.save", 2)  # when one checkpoint is there
+SECOND_SAVE = ("save", 2)  # when one checkpoint is there
+
+
+HIDDEN = ("inherit", "tyings", "settled")
+FLAGS = {name: name.replace("_", "-") for name in SETTINGS if name not in HIDDEN}
+FLAGS |= {"source": "from"}
 
 
 @pytest.fixture
@@ -52,14 +55,11 @@ def complaint(here: Path, *arguments: str, **options) -> str:
 def test_the_published_command_line(here):
     flags = "--bptt 16 --batch_size 4 --eval_batch_size 4 --dataset text.txt --nlayers 3 --lr 0.001"
     flags += " --emsize 16 --nhead 2 --exp x --epochs 1"
-    parse = _parser().parse_args
-    hyphens = parse(["train", *flags.replace("_", "-").split()])
-    assert parse(["train", *flags.split()]) == hyphens
     code, out, _ = run_command("train", *flags.split(), cwd=here)
     assert code == 0
     assert re.match(r"perplexity \d+\.\d{3} on test.* of 3 layers independent", out)
     assert (here / "runs/x/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    config = json.loads((here / "runs/x/config.json").read_text())
+    config = read_config(here / "runs/x").flat()
     given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
     given |= {"nlayers": 3, "lr": 0.001, "emsize": 16, "nhead": 2, "exp": "x", "epochs": 1}
     assert {key: config[key] for key in given} == given
@@ -96,15 +96,80 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
     assert traces_of(run) != before
 
 
+def values_of(name: str) -> tuple[dict[str, object], object]:
+    """Flags that another one needs, and a value for it that is not the default."""
+    needed = {
+        "owners": {"policy": "fixed"},
+        "source": {"policy": "fixed"},
+        "permute": {"policy": "recorded", "source": "runs/a"},
+        "activate_at": {"policy": "all"},
+    }
+    values = {
+        **{"policy": "dqn", "owners": "0,0", "source": "runs/a", "activate_at": 0.5},
+        **{"sharing": "frozen", "family": "bert", "objective": "causal", "nhead": 8},
+        **{"optimizer": "adamw8bit", "gradient": "owner", "moments": "fresh", "initial": "cycle"},
+        **{"shared_init": "plain", "settle": 0.25, "layer_price": 0.5, "export_dtype": "bf16"},
+        **{"reward": "accuracy", "precision": "fp32", "log_with": "mlflow", "dropout": 0.5},
+        **{"warmup": 0.5, "final_lr": 0.5, "weight_decay": 0.5, "clip": 0.5, "lr": 0.5},
+        **{"checkpointing": True, "compile": True},
+        **dict.fromkeys(("dataset", "data_dir", "tokenizer", "exp", "output_dir"), "a place"),
+    }
+    return needed.get(name, {}), values.get(name, 100)
+
+
+@pytest.mark.parametrize("name", sorted({*FLAGS} - {"task"}))
+def test_every_setting_is_a_flag_in_hyphens_and_underscores(name, monkeypatch):
+    needed, value = values_of(name)
+    asked = []
+    monkeypatch.setattr(
+        experiments, "_train_and_report", lambda config, _: asked.append(config) or 0
+    )
+    for spell in (str, lambda flag: flag.replace("-", "_"), lambda flag: flag.replace("_", "-")):
+        for joined in (True, False):
+            arguments = []
+            for flag, given in (needed | {name: value}).items():
+                spelt = spell(f"--{FLAGS[flag]}").replace("__", "--", 1)
+                if given is True:
+                    arguments.append(spelt)
+                else:
+                    arguments += [f"{spelt}={given}"] if joined else [spelt, str(given)]
+            assert main(["train", *arguments]) == 0
+    expected = TrainConfig.from_flat(**needed, **{name: value})
+    assert asked == [expected] * 6
+    assert expected.flat()[name] != DEFAULTS[name]
+
+
+def test_a_saved_configuration_is_a_start_and_flags_go_on_top(here):
+    flags = (*FEW_STEPS, "--policy", "dqn", "--checkpointing", "--exp", "one")
+    assert run_command("train", *flags, cwd=here)[0] == 0
+    saved = "runs/one/config.json"
+    again = ("train", "--config", saved, "--exp", "two")
+    assert run_command(*again, cwd=here)[0] == 0
+    assert traces_of(here / "runs/two") == traces_of(here / "runs/one")
+    changed = ("train", f"--config={saved}", "--exp=three", "--policy=all", "--no-checkpointing")
+    assert run_command(*changed, cwd=here)[0] == 0
+    config = read_config(here / "runs/three")
+    assert (config.tying.policy, config.optimization.checkpointing) == ("all", False)
+    assert config.optimization.max_steps == 12
+    assert "no-such.json" in complaint(here, "train", "--config", "no-such.json")
+    assert "not a run's configuration" in complaint(here, "train", "--config", "text.txt")
+
+
+def test_help_needs_neither_torch_nor_transformers(here):
+    code = "import sys; from layer_tying.cli import main\n"
+    code += "try: main(['train', '--help'])\n"
+    code += "except SystemExit: print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, check=True, cwd=here, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
+
+
 def test_help_names_every_setting(here):
     code, out, err = run_command("train", "--help", cwd=here)
     assert (code, err) == (0, "")
-    missing = [
-        each.name
-        for each in fields(TrainConfig)
-        if f"--{(each.metadata['name'] or each.name).replace('_', '-')}" not in out
-    ]
-    assert missing in ([], ["task"])  # which the command `finetune` takes
+    missing = [name for name in FLAGS if f"--{FLAGS[name]} " not in out]
+    missing = [name for name in missing if f"--{FLAGS[name]}, " not in out]
+    assert missing == ["task"]  # which the command `finetune` takes
     listing = run_command("--help", cwd=here)[1]
     assert all(name in listing for name in ("train", "compare", "evaluate", "report"))
 
@@ -133,9 +198,9 @@ def test_compare(here):
         assert "dqn" in table[3]
         assert "bandit" in table[4]
     assert (here / "runs/c/report.html").exists()
-    configs = [json.loads((run / "config.json").read_text()) for run in (none, dqn)]
+    configs = [read_config(run).flat() for run in (none, dqn)]
     different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
-    assert different == {"policy", "exp", "budget_layers"}
+    assert different - {"tyings", "settled"} == {"policy", "exp", "budget_layers"}
 
     # What cannot go on is said at once, not after the first of the runs.
     assert "holds a run" in complaint(here, *flags)
@@ -159,8 +224,7 @@ def left_alone(here, monkeypatch):
 
     def run(*arguments: str) -> dict:
         monkeypatch.chdir(here)
-        config = _config(_parser().parse_args(arguments))
-        train(replace(config, exp="left-alone"))
+        assert main([*arguments, "--exp", "left-alone"]) == 0
         return traces_of(here / "runs/left-alone")
 
     return run
@@ -225,7 +289,7 @@ WRONG = {
         ("train", "--dataset", "small.txt", "--bptt", "16", "--family", "bert"),
         "nothing to predict in the 2 tokens of the test split",
     ),
-    "both": (("train", "--resume", "--overwrite"), "--overwrite: not allowed with argument"),
+    "both": (("train", "--resume", "--overwrite"), "--resume and --overwrite contradict"),
     "short-text": (("train", *SMALL, "--bptt", "100000"), "shorter than one sequence"),
     "heads": (("train", "--emsize", "30", "--nhead", "4"), "30 is not divisible by nhead 4"),
     "one-layer": (("train", "--nlayers", "1"), "nlayers is at least 2, got 1"),

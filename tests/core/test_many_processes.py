@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def assert_followed(one: Path, other: Path) -> None:
 def test_two_processes_with_half_the_batch_each_follow_one_with_all_of_it(tmp_path, changes):
     write_text(tmp_path)
     config = small(tmp_path, nlayers=4, max_steps=30, every=3, log_every=1, **changes)
-    runs = [replace(config, exp=f"on-{world}") for world in (1, 2)]
+    runs = [config.replace(exp=f"on-{world}") for world in (1, 2)]
     ((_, whole),) = on_ranks(1, train_on_a_rank, runs[0])
     (summary, ours), (_, theirs) = on_ranks(2, train_on_a_rank, runs[1])
     assert_followed(runs[0].folder, runs[1].folder)
@@ -75,11 +74,11 @@ def test_a_run_stops_on_all_ranks_when_one_is_told_to_and_goes_on_on_any_number(
     write_text(tmp_path)
     config = small(tmp_path, exp="whole", log_every=1)
     on_ranks(2, train_on_a_rank, config)
-    stopped = replace(config, exp="stopped")
+    stopped = config.replace(exp="stopped")
     for outcome in on_ranks(2, stop_on_rank_1, stopped):
         assert "stopped at step 9 of 24" in str(outcome)
     for world in (1, 2, 4):
-        resumed = replace(config, exp=f"resumed-on-{world}")
+        resumed = config.replace(exp=f"resumed-on-{world}")
         shutil.copytree(stopped.folder, resumed.folder)
         ranks = on_ranks(world, train_on_a_rank, resumed, True)
         assert all(weights == ranks[0][1] for _, weights in ranks)
@@ -88,7 +87,7 @@ def test_a_run_stops_on_all_ranks_when_one_is_told_to_and_goes_on_on_any_number(
 
 def stop_on_rank_1(config: TrainConfig) -> None:
     if dist.get_rank() == 1:
-        signal_at("layer_tying.core.distributed.average_gradients", 9, signal.SIGINT)
+        signal_at("gradients", 9, signal.SIGINT)
     train_on_a_rank(config)
 
 
@@ -96,7 +95,7 @@ def test_each_rank_has_dropout_of_its_own_and_goes_on_with_it(tmp_path):
     write_text(tmp_path)
     config = small(tmp_path, exp="whole", dropout=0.3)
     on_ranks(2, train_on_a_rank, config)
-    stopped = replace(config, exp="stopped")
+    stopped = config.replace(exp="stopped")
     on_ranks(2, stop_on_rank_1, stopped)
     on_ranks(2, train_on_a_rank, stopped, True)
     assert_followed(config.folder, stopped.folder)
@@ -120,7 +119,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
 
 def die_on_rank_1(config: TrainConfig) -> None:
     if dist.get_rank() == 1:
-        signal_at("layer_tying.core.distributed.average_gradients", 9, signal.SIGKILL)
+        signal_at("gradients", 9, signal.SIGKILL)
     train_on_a_rank(config)
 
 

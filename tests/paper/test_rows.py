@@ -1,7 +1,6 @@
 """The paper's rows: that each is a run, what pairs have in common, and the command."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,14 @@ TINY = {
 
 
 def differences(one: TrainConfig, other: TrainConfig) -> set[str]:
-    ours, theirs = asdict(one), asdict(other)
+    ours, theirs = one.flat(), other.flat()
     return {name for name in ours if ours[name] != theirs[name]}
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_row_is_there_under_its_name(scale):
     rows = recipes(scale)
-    assert all(row.exp == name for name, row in rows.items())
+    assert all(row.logging.exp == name for name, row in rows.items())
     assert {str(row.folder.parent) for row in rows.values()} == {f"runs/{scale}"}
     pairs = ["gpt2-wiki2", "gpt2-wiki103", "gpt2-lambada", "gpt2-1b", "bert-wiki2", "vit-cifar10"]
     expected = [f"{pair}-{side}" for pair in pairs for side in ("conventional", "dynamic")]
@@ -42,14 +41,14 @@ def test_a_pair_differs_in_its_policy_only(scale):
         if name.endswith("-dynamic") and not name.startswith("glue"):
             conventional = rows[name.replace("dynamic", "conventional")]
             assert differences(conventional, rows[name]) == {"policy", "exp"}
-            assert (conventional.policy, rows[name].policy) == ("none", "dqn")
+            assert (conventional.tying.policy, rows[name].tying.policy) == ("none", "dqn")
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_ablations_differ_from_the_dynamic_run_in_what_they_ablate(scale):
     rows = recipes(scale)
     dynamic = rows["gpt2-wiki2-dynamic"]
-    taken_over = {"policy", "source", "shared_init"}  # weights are drawn as in the source
+    taken_over = {"policy", "source"}
     expected = {
         "final": taken_over,
         "retrained": taken_over | {"seed"},
@@ -65,12 +64,12 @@ def test_a_row_comes_after_the_one_it_starts_from_and_has_its_shape(scale, tmp_p
     rows = recipes(scale, str(tmp_path))
     seen: dict[str, TrainConfig] = {}
     for name, row in rows.items():
-        if row.source:
-            other = seen[str(row.source)]
-            assert all(getattr(row, key) == getattr(other, key) for key in SHAPE)
-            assert runs_first(row) == other.exp
+        if row.tying.source:
+            other = seen[row.tying.source]
+            assert not differences(row, other) & {*SHAPE}
+            assert runs_first(row) == other.logging.exp
             if name.startswith("glue"):
-                assert other.policy == ("none" if name.endswith("none") else "dqn")
+                assert other.tying.policy == ("none" if name.endswith("none") else "dqn")
         else:
             assert runs_first(row) is None
         seen[str(row.folder)] = row
@@ -78,9 +77,10 @@ def test_a_row_comes_after_the_one_it_starts_from_and_has_its_shape(scale, tmp_p
 
 def test_the_papers_scale_is_the_papers():
     for name, row in recipes("paper").items():
-        if row.family == "gpt2":
-            assert (row.nlayers, row.emsize, row.nhead) == (48, 1600, 25), name
-            assert row.tokenizer == "gpt2"
+        if row.model.family == "gpt2":
+            shape = (row.model.nlayers, row.model.emsize, row.model.nhead)
+            assert shape == (48, 1600, 25), name
+            assert row.data.tokenizer == "gpt2"
 
 
 # The command

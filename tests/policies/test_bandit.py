@@ -1,7 +1,6 @@
 """The bandit: its filter against plain conditioning, its moves, what it finds, going on exactly."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from layer_tying.errors import InputError
 from layer_tying.policies import bandit
 from layer_tying.policies.bandit import Bandit
 from layer_tying.runs.train import train
-from layer_tying.runs.trainer import Training
+from layer_tying.runs.trainer import Trainer
 
 
 def test_the_filter_is_conditioning_a_joint_gaussian_on_all_rewards():
@@ -199,14 +198,14 @@ def test_a_run_learns_from_its_losses_settles_and_goes_on_exactly(tmp_path):
 
 def test_a_loss_that_is_not_finite_is_an_event(tmp_path, monkeypatch):
     write_text(tmp_path)
-    run = Training.train_step
+    run = Trainer.train_step
     nan = torch.tensor(float("nan"))
 
     def diverge(self):
         self.last_loss = run(self) if self.step < 8 else run(self) * nan
         return self.last_loss
 
-    monkeypatch.setattr(Training, "train_step", diverge)
+    monkeypatch.setattr(Trainer, "train_step", diverge)
     config = small(tmp_path, policy="bandit", nlayers=6, settle=0.4, every=2)
     train(config)
     lines = lines_of(config.folder / "tying.jsonl")
@@ -219,7 +218,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         small(tmp_path, layer_price=0.1)
     with pytest.raises(InputError, match=r"settle is between 0 and 1, got 1\.5"):
         small(tmp_path, settle=1.5)
-    assert replace(small(tmp_path, policy="bandit"), settle=0.25).settle == 0.25
+    assert small(tmp_path, policy="bandit").replace(settle=0.25).tying.settle == 0.25
 
 
 @pytest.mark.parametrize(

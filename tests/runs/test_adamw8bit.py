@@ -1,7 +1,6 @@
 """Moments in 8 bits: optional, smaller, kept in step with the tying, and saved."""
 
 import sys
-from dataclasses import replace
 
 import pytest
 from small_runs import lines_of, small, traces_of, write_text
@@ -53,7 +52,7 @@ def test_a_run_with_them_goes_on_exactly(runs, tmp_path):
     write_text(tmp_path)
     whole = runs["adamw8bit"]
     folder = {"output_dir": str(tmp_path / "runs"), "dataset": str(tmp_path / "text.txt")}
-    config = replace(whole, **folder)
+    config = whole.replace(**folder)
     train(config)
     for file in (config.folder / "checkpoints").glob("step-00000024*/*"):
         file.unlink()  # so that it goes on from step 18

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layer_tying.errors import InputError
-from layer_tying.runs.config import FAMILIES, POLICIES, TrainConfig, first_difference
+from layer_tying.models.config import FAMILIES
+from layer_tying.runs.config import FREE, SETTINGS, TrainConfig, first_difference, read_config
+from layer_tying.runs.defaults import as_saved, settle, with_changes
+from layer_tying.runs.resolve import usual_settings
+from layer_tying.runs.tying_config import POLICIES
 
 COUNT = st.integers(1, 10_000)
 SHARE = st.floats(0, 1)
@@ -19,7 +22,7 @@ NAME = st.text(st.characters(codec="utf-8", exclude_characters="/.\0"), min_size
 VALID = st.fixed_dictionaries(
     {
         "policy": st.sampled_from([name for name in POLICIES if name not in ("fixed", "recorded")]),
-        "family": st.sampled_from(FAMILIES),
+        "family": st.sampled_from(sorted(FAMILIES)),
         "dataset": NAME,
         "nlayers": st.integers(2, 64),
         "nhead": st.just(4),
@@ -45,34 +48,39 @@ VALID = st.fixed_dictionaries(
 
 @given(VALID)
 def test_json_round_trip(values):
-    config = TrainConfig(**values)
+    config = TrainConfig.from_flat(**values)
     text = config.to_json()
     assert TrainConfig.from_json(text) == config
-    assert json.loads(text) == asdict(config)
-    assert {name: getattr(config, name) for name in values} == values
+    groups = json.loads(text)
+    assert groups["format"] == 2
+    assert groups["model"]["nlayers"] == values["nlayers"]
+    flat = config.flat()
+    assert {name: flat[name] for name in values} == values
+
+
+def usual(**settings) -> dict:
+    config = TrainConfig.from_flat(**settings)
+    return settle(config, **usual_settings(config)).flat()
 
 
 def test_the_default_is_our_agent_on_data_that_are_always_there():
-    config = TrainConfig()
-    assert (config.policy, config.dataset, config.initial) == ("bandit", "pydocs", "sandwich")
-    assert (config.reward, config.settle, config.shared_init) == ("training-loss", 0.5, "damped")
-    assert config.folder == Path("runs/run")
+    config = usual()
+    assert (config["policy"], config["dataset"]) == ("bandit", "pydocs")
+    assert config["inherit"] == "majority"
+    assert (config["reward"], config["settle"]) == ("training-loss", 0.5)
+    assert config["shared_init"] == "damped"
+    assert TrainConfig().folder == Path("runs/run")
 
 
 @pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
 def test_nothing_is_damped_that_is_not_drawn_and_shared(settings):
-    assert TrainConfig(**settings).shared_init == "plain"
-
-
-def test_weights_are_drawn_as_in_the_run_whose_tyings_are_used():
-    assert TrainConfig(policy="recorded", source="a-run").shared_init == ""
-    assert TrainConfig(policy="fixed", owners="0,0,0,3").shared_init == "plain"
+    assert usual(**settings)["shared_init"] == "plain"
 
 
 def test_the_papers_agent_is_the_papers():
-    config = TrainConfig(policy="dqn")
-    assert (config.initial, config.reward) == ("all", "log-perplexity")
-    assert (config.settle, config.shared_init) == (0.0, "plain")
+    config = usual(policy="dqn")
+    assert (config["inherit"], config["reward"]) == ("first", "log-perplexity")
+    assert (config["settle"], config["shared_init"]) == (0.0, "plain")
 
 
 REFUSED = [
@@ -133,7 +141,7 @@ REFUSED = [
 @pytest.mark.parametrize(("values", "said"), REFUSED, ids=str)
 def test_what_is_out_of_range_is_refused_in_one_line(values, said):
     with pytest.raises(InputError) as caught:
-        TrainConfig(**values)
+        TrainConfig.from_flat(**values)
     message = str(caught.value)
     assert said in message
     assert "\n" not in message
@@ -142,45 +150,51 @@ def test_what_is_out_of_range_is_refused_in_one_line(values, said):
 
 def test_choices_are_listed():
     with pytest.raises(InputError, match=r"cycle-reverse.*got 'dqm'"):
-        TrainConfig(policy="dqm")
+        TrainConfig.from_flat(policy="dqm")
 
 
 def test_the_usual_data_set_is_one_that_the_family_reads():
-    assert TrainConfig(family="vit").dataset == "digits"
-    assert TrainConfig(family="vit", dataset="cifar10").dataset == "cifar10"
-    assert TrainConfig(task="rte", policy="none", source="runs/a").dataset == "rte"
+    assert usual(family="vit")["dataset"] == "digits"
+    assert usual(family="vit", dataset="cifar10")["dataset"] == "cifar10"
+    assert usual(task="rte", policy="none", source="runs/a")["dataset"] == "rte"
 
 
 def test_a_pattern_decides_nothing_so_that_k_does_not_matter():
-    assert TrainConfig(policy="none", every=50, max_steps=10).every == 50
+    assert TrainConfig.from_flat(policy="none", every=50, max_steps=10).tying.every == 50
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", "null", '{"color": 1}', '{"nlayers": "many"}', '{"lr": null}'],
+    [
+        *("", "{", "[]", "3", "null", '{"color": 1}', '{"nlayers": 4}'),
+        TrainConfig().to_json().replace('"nlayers": 8', '"nlayers": "many"'),
+        TrainConfig().to_json().replace('"lr": 0.003', '"lr": null'),
+        TrainConfig().to_json().replace('"lr"', '"rate"'),
+    ],
 )
 def test_other_json_is_not_a_configuration(text):
     with pytest.raises(InputError, match="not a run's configuration"):
         TrainConfig.from_json(text)
 
 
-FREE = {
-    **{"data_dir": "elsewhere", "output_dir": "elsewhere", "exp": "elsewhere"},
-    **{"log_every": 3, "log_with": "mlflow", "save_every": 3},
-}
+def test_a_folder_of_another_format_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(TrainConfig().to_json().replace(": 2", ": 1", 1))
+    with pytest.raises(InputError, match=r"config\.json: .*format 1; this program reads format 2"):
+        read_config(tmp_path)
 
 
-@pytest.mark.parametrize("each", fields(TrainConfig), ids=lambda each: each.name)
-def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
+@pytest.mark.parametrize("name", sorted({*SETTINGS} - {"settled"}))
+def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
     other = {
-        **FREE,
+        **{"data_dir": "elsewhere", "output_dir": "elsewhere", "exp": "elsewhere"},
+        **{"log_every": 3, "log_with": "mlflow", "save_every": 3},
         **{"policy": "random", "groups": 2, "family": "bert", "dataset": "ptb"},
-        **{"tokenizer": "bpe:300", "objective": "causal", "data_dir": "elsewhere"},
+        **{"tokenizer": "bpe:300", "objective": "causal"},
         **{"gradient": "owner", "moments": "fresh", "initial": "none", "reward": "perplexity"},
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
-        **{"eval_every": 7, "eval_batches": 7, "seed": 1},
-        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain"},
+        **{"eval_every": 7, "eval_batches": 7, "seed": 1, "inherit": "first"},
+        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain", "tyings": ("0,0",)},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
     }
     base = TrainConfig()
@@ -193,18 +207,56 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(each):
         "sharing": ({"shared_init": "plain"}, "frozen"),
         "task": ({"task": "rte", "source": "runs/a", "dataset": "glue"}, "cola"),
     }
-    if each.name in pairs:
-        settings, value = pairs[each.name]
-        base = TrainConfig(**settings)
-        changed = replace(base, **{each.name: value})
+    if name in pairs:
+        settings, value = pairs[name]
+        base = TrainConfig.from_flat(**settings)
+        changed = base.replace(**{name: value})
     else:
-        default = getattr(base, each.name)
-        changed = replace(base, **{each.name: other.get(each.name, default and default * 2)})
-    assert getattr(changed, each.name) != getattr(base, each.name)
+        default = base.flat()[name]
+        changed = base.replace(**{name: other.get(name, default and default * 2)})
+    ours, theirs = base.flat()[name], changed.flat()[name]
+    assert ours != theirs
     assert first_difference(base, base) is None
     difference = first_difference(base, changed)
-    if each.name in FREE:
+    if name in FREE:
         assert difference is None
+        assert base.digest == changed.digest
     else:
-        ours, theirs = getattr(base, each.name), getattr(changed, each.name)
-        assert difference == f"{each.name} is {ours!r} in one and {theirs!r} in the other"
+        assert difference == f"{name} is {ours!r} in one and {theirs!r} in the other"
+        assert base.digest != changed.digest
+
+
+# Settings that were left open
+
+
+SETTLED = settle(TrainConfig.from_flat(lr=0.1), settle=0.5, max_steps=100, save_every=10)
+
+
+def test_what_was_left_open_is_noted_and_can_be_opened_again():
+    assert SETTLED.settled == ("settle", "max_steps", "save_every")
+    assert SETTLED.open_again() == TrainConfig.from_flat(lr=0.1)
+    assert settle(SETTLED, settle=0.3, lr=0.2) == SETTLED
+    assert TrainConfig.from_json(SETTLED.to_json()) == SETTLED
+
+
+def test_a_run_goes_on_with_what_was_settled_and_is_refused_what_was_not():
+    assert as_saved(SETTLED, TrainConfig.from_flat(lr=0.1)) == SETTLED
+    assert first_difference(as_saved(SETTLED, TrainConfig()), SETTLED) == (
+        "lr is 0.003 in one and 0.1 in the other"
+    )
+    explicit = as_saved(SETTLED, TrainConfig.from_flat(lr=0.1, settle=0.4))
+    assert "settle is 0.4" in str(first_difference(explicit, SETTLED))
+
+
+def test_changes_to_a_saved_configuration_settle_anew_what_was_left_open():
+    assert with_changes(SETTLED, exp="again").flat() == SETTLED.flat() | {"exp": "again"}
+    changed = with_changes(SETTLED, policy="dqn")
+    assert changed == TrainConfig.from_flat(lr=0.1, policy="dqn")
+
+
+def test_what_came_from_another_run_stays_unless_it_is_another_one():
+    replay = TrainConfig.from_flat(policy="recorded", source="runs/a")
+    replay = settle(replay, tyings=("0,0", "0,1"), inherit="majority", settle=0.0)
+    kept = with_changes(replay, seed=3)
+    assert (kept.tying.tyings, kept.tying.settle) == (("0,0", "0,1"), None)
+    assert with_changes(replay, source="runs/b").tying.tyings == ()

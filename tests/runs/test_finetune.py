@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,11 @@ from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.errors import InputError
 from layer_tying.models.build import build_model
 from layer_tying.paper.rows import TYINGS
-from layer_tying.runs.config import SHAPE, TrainConfig
-from layer_tying.runs.folder import RunLog
-from layer_tying.runs.source import best_checkpoint, load_backbone
+from layer_tying.runs.config import SHAPE, TrainConfig, read_config
+from layer_tying.runs.evaluate import evaluate_run
+from layer_tying.runs.from_run import best_checkpoint, load_backbone
 from layer_tying.runs.tasks import task_of
-from layer_tying.runs.train import evaluate_run, train
+from layer_tying.runs.train import train
 
 FAMILIES = ("gpt2", "llama", "bert")
 TIED = Tying((0, 1, 0, 1))
@@ -72,7 +72,7 @@ def finetuning(folder: Path, family: str, tying: str, **changes) -> TrainConfig:
     """A configuration as ``layer-tying finetune`` makes it."""
     pretrained = small(folder, nlayers=4, bptt=24, family=family)
     settings = {
-        **{name: getattr(pretrained, name) for name in SHAPE},
+        **{name: pretrained.flat()[name] for name in SHAPE},
         **{"task": "sst2", "source": str(folder / "runs" / family), "policy": TYINGS[tying]},
         **{"dataset": "", "data_dir": str(folder), "exp": f"{family}-{tying}", "every": 5},
     }
@@ -89,13 +89,14 @@ def classifier_of(config: TrainConfig, tying: Tying):
 
 
 @pytest.mark.numerics
+@pytest.mark.numerics
 @pytest.mark.parametrize("tying", ["keep", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     config = finetuning(folder, family, tying)
-    best = best_checkpoint(config)
+    best = best_checkpoint(Path(config.tying.source))
     assert best.tying == TIED
-    run = RunLog(folder / "runs" / family).config()
+    run = read_config(folder / "runs" / family)
     pretrained = build_model(task_of(run).model_config, best.tying).eval()
     best.load_weights(pretrained)
     target = best.tying if tying == "keep" else Tying.independent(4)
@@ -109,6 +110,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     assert ours.std() > 0.1
 
 
+@pytest.mark.numerics
 @pytest.mark.numerics
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_row_is_padded_to_does_not_matter(folder, family):
@@ -195,9 +197,6 @@ def test_a_task_has_its_own_metric(folder, task, metric):
     again = evaluate_run(config.folder, "test")
     assert again[metric] == pytest.approx(summary[metric])
     assert again["accuracy"] == pytest.approx(summary["accuracy"])
-    gone = replace(config, source="where the run that it came from is no more")
-    (config.folder / "config.json").write_text(gone.to_json())
-    assert evaluate_run(config.folder, "test") == again
 
 
 def test_texts_longer_than_the_runs_sequences_are_cut(folder, tmp_path):
@@ -210,14 +209,21 @@ def test_texts_longer_than_the_runs_sequences_are_cut(folder, tmp_path):
     assert max(widths) == 24
 
 
-def test_a_crashed_fine_tuning_goes_on_exactly(folder):
-    changes = {"family": "llama", "tying": "dynamic", "dropout": 0.1}
+@pytest.mark.parametrize("step", [3, 17])  # the first checkpoint of training is after six
+def test_a_crashed_fine_tuning_goes_on_exactly_without_the_run_it_is_from(folder, tmp_path, step):
+    source = tmp_path / "llama"
+    shutil.copytree(folder / "runs/llama", source)
+    changes = {"family": "llama", "tying": "dynamic", "dropout": 0.1, "source": str(source)}
+    changes |= {"output_dir": str(tmp_path)}
     alone = finetuning(folder, exp="alone", **changes)
     crashed = finetuning(folder, exp="crashed", **changes)
-    train(alone)
-    crashed_at(crashed, 17)
+    summary = train(alone)
+    crashed_at(crashed, step)
+    shutil.rmtree(source)
     train(crashed, resume=True)
     assert traces_of(crashed.folder) == traces_of(alone.folder)
+    assert evaluate_run(alone.folder, "test")["accuracy"] == summary["test_accuracy"]
+    assert main(["export", str(alone.folder), "--output", str(tmp_path / "export")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,7 @@ def test_a_crashed_fine_tuning_goes_on_exactly(folder):
 def test_what_does_not_fit_is_refused_in_one_line(folder, changes, said):
     config = finetuning(folder, "gpt2", "keep", **changes)
     with pytest.raises(InputError, match=said) as caught:
-        train(replace(config, exp="refused"))
+        train(config.replace(exp="refused"))
     assert "\n" not in str(caught.value)
 
 
@@ -239,7 +245,8 @@ def test_weights_of_another_model_are_refused(folder):
     config = finetuning(folder, "gpt2", "keep")
     with pytest.raises(InputError, match=r"is of another model: its model\.\S+ does not fit"):
         load_backbone(
-            best_checkpoint(config), classifier_of(finetuning(folder, "llama", "keep"), TIED)
+            best_checkpoint(Path(config.tying.source)),
+            classifier_of(finetuning(folder, "llama", "keep"), TIED),
         )
 
 

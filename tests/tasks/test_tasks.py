@@ -19,10 +19,11 @@ from layer_tying.data import sources, tokens
 from layer_tying.data.texts import load_last_words
 from layer_tying.data.tokenizer import read_tokenizer
 from layer_tying.models.build import build_model
-from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.evaluate import evaluate_run
+from layer_tying.runs.precision import autocast, choose_attention
 from layer_tying.runs.tasks import task_of
-from layer_tying.runs.train import evaluate_run, train
+from layer_tying.runs.train import train
 
 pytestmark = pytest.mark.numerics
 
@@ -136,7 +137,7 @@ def test_a_run_keeps_its_tokenizer(data):
 
 
 def test_images_need_no_flag_but_the_family(tmp_path):
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         **{"family": "vit", "nlayers": 2, "emsize": 16, "max_steps": 60, "batch_size": 64},
         **{"policy": "dqn", "every": 20, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
         **{"eval_every": 30, "save_every": 60},
@@ -191,9 +192,9 @@ def test_short_sequences_attend_by_matrix_products_on_a_cpu_to_the_same_loss(tmp
     usual = model.config._attn_implementation
     losses = []
     for _ in range(2):
-        with torch.no_grad(), setup.autocast(config, model.device):
+        with torch.no_grad(), autocast(config.optimization.precision, model.device):
             losses.append(float(task.loss(model, batch)))
-        setup.choose_attention(model, config)
+        choose_attention(model, config.optimization.precision, config.data.bptt)
     assert usual != "eager"
     assert model.config._attn_implementation == "eager"
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
@@ -205,5 +206,5 @@ def test_other_sequences_attend_by_the_fused_kernel(tmp_path, changes):
     config = small(tmp_path, policy="none", **changes)
     model = build_model(task_of(config).model_config, Tying.independent(3))
     usual = model.config._attn_implementation
-    setup.choose_attention(model, config)
+    choose_attention(model, config.optimization.precision, config.data.bptt)
     assert model.config._attn_implementation == usual != "eager"

@@ -1,52 +1,82 @@
-"""The commands that use what was trained: ``layer-tying export | generate``."""
+"""The commands that use what was trained: ``layer-tying evaluate | report | export | generate``."""
 
 from __future__ import annotations
 
-import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from layer_tying.runs.config import EXPORT_DTYPES
+import tyro
 
+from layer_tying.cli.flags import Count, Text, parse
 
-def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add the commands to a parser's."""
-    export = commands.add_parser("export", help="write a run's best weights for others to load")
-    export.add_argument("folder", type=Path, metavar="RUN", help="a run folder, or an export")
-    export.add_argument(
-        "--format",
-        choices=("expanded", "compact"),
-        default="expanded",
-        help="expanded: a plain transformers folder; compact: each distinct weight once "
-        "(default: expanded)",
-    )
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to")
-    export.add_argument(
-        "--export-dtype",
-        "--export_dtype",
-        choices=EXPORT_DTYPES,
-        help="type of the stored weights (default: what the run was trained for)",
-    )
-    export.set_defaults(run=_export)
-
-    generate = commands.add_parser("generate", help="go on from a prompt")
-    generate.add_argument("folder", type=Path, metavar="RUN", help="a run folder, or an export")
-    generate.add_argument("--prompt", required=True, help="the text to go on from")
-    generate.add_argument(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        help="(default: 100, or what the model's context has room for)",
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=1.0, help="0: the most likely token (default: 1.0)"
-    )
-    generate.add_argument("--top-k", "--top_k", type=int, help="sample among so many tokens only")
-    generate.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    generate.set_defaults(run=_generate)
+Run = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 
 
-def _export(options: argparse.Namespace) -> int:
+@dataclass
+class EvaluateOptions:
+    """Which weights, on which data."""
+
+    folder: Run
+    """a run folder"""
+    split: Literal["validation", "test"] = "test"
+    """what is scored"""
+    data_dir: Text = None
+    """where local data sets lie now"""
+
+
+def evaluate(arguments: Sequence[str], program: str, help: str) -> int:
+    """Score a run's best weights."""
+    options = parse(EvaluateOptions, arguments, program, help)
+    from layer_tying.runs.evaluate import evaluate_run
+
+    scores = evaluate_run(options.folder, options.split, options.data_dir)
+    print(json.dumps(scores, indent=2))
+    return 0
+
+
+@dataclass
+class ReportOptions:
+    """Which runs, and where to."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders"""
+    output: Path | None = None
+    """the page (default: report.html in the first)"""
+
+
+def report(arguments: Sequence[str], program: str, help: str) -> int:
+    """Make a page of runs."""
+    options = parse(ReportOptions, arguments, program, help)
+    from layer_tying.report import comparison_table, write_report
+    from layer_tying.runs.reading import read_run
+
+    page = options.output or options.folders[0] / "report.html"
+    write_report(list(options.folders), page)
+    print(comparison_table([read_run(folder) for folder in options.folders]))
+    print(f"\n{page}")
+    return 0
+
+
+@dataclass
+class ExportOptions:
+    """What is written, and where to."""
+
+    folder: Run
+    """a run folder, or an export"""
+    output: Path
+    """the folder to write"""
+    format: Literal["expanded", "compact"] = "expanded"
+    """expanded: a plain transformers folder; compact: each distinct weight once"""
+    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """type of the stored weights (default: what the run was trained for)"""
+
+
+def export(arguments: Sequence[str], program: str, help: str) -> int:
+    """Write a run's best weights."""
+    options = parse(ExportOptions, arguments, program, help)
     from transformers.utils import logging
 
     from layer_tying.saving.export_run import export_run
@@ -61,10 +91,30 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
-    from layer_tying.saving.generate import generate
+@dataclass
+class GenerateOptions:
+    """Which model, what it goes on from, and how tokens are drawn."""
 
-    text = generate(
+    folder: Run
+    """a run folder, or an export"""
+    prompt: str
+    """the text to go on from"""
+    max_new_tokens: Count = None
+    """(default: 100, or what the model's context has room for)"""
+    temperature: float = 1.0
+    """0: the most likely token"""
+    top_k: Count = None
+    """sample among so many tokens only"""
+    seed: int = 0
+    """of the samples"""
+
+
+def generate(arguments: Sequence[str], program: str, help: str) -> int:
+    """Print a prompt and what follows."""
+    options = parse(GenerateOptions, arguments, program, help)
+    from layer_tying.saving.generate import generate as generate_text
+
+    text = generate_text(
         options.folder,
         options.prompt,
         max_new_tokens=options.max_new_tokens,

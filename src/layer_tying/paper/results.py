@@ -12,7 +12,7 @@ from typing import Any
 from layer_tying.data.sources import ENVIRONMENT
 from layer_tying.files import write_text_whole
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.reading import flat_settings, read_run
+from layer_tying.runs.reading import read_run
 
 PLACES = ("data_dir", "output_dir", "source")  # settings that are of one machine
 
@@ -50,8 +50,9 @@ def entry(name: str, row: TrainConfig, scale: str) -> dict[str, Any]:
     run = read_run(row.folder)
     summary = dict(run.summary or {})
     settings = {key: value for key, value in run.settings.items() if key not in PLACES}
+    asked = row.optimization.max_steps
     command = f"OMP_NUM_THREADS=1 layer-tying recipe {name} --scale {scale}"
-    if settings["max_steps"] != flat_settings(json.loads(row.to_json()))["max_steps"]:
+    if "max_steps" not in settings["settled"] and settings["max_steps"] != asked:
         command += f" --max-steps {settings['max_steps']}"
     return {
         "row": name,

@@ -55,14 +55,15 @@ def recipes(scale: str, output_dir: str | None = None) -> dict[str, TrainConfig]
         *(vit(side, scale, folder) for side in sides),
         *(glue(task, tying, scale, folder) for task in TASKS for tying in TYINGS),
     ]
-    return {row.exp: row for row in rows}
+    return {row.logging.exp: row for row in rows}
 
 
 def runs_first(config: TrainConfig) -> str | None:
     """The recipe whose run a row starts from, if that run has not ended yet."""
-    if config.source is None or (Path(config.source) / "summary.json").exists():
+    source = config.tying.source
+    if source is None or (Path(source) / "summary.json").exists():
         return None
-    return Path(config.source).name
+    return Path(source).name
 
 
 def gpt2(dataset: str, side: str, scale: str, folder: str) -> TrainConfig:
@@ -126,7 +127,8 @@ def glue(task: str, tying: str, scale: str, folder: str) -> TrainConfig:
     fine-tuned with all layers independent, against which the paper compares.
     """
     pretrained = gpt2("wiki2", "conventional" if tying == "none" else "dynamic", scale, folder)
-    changes = {name: getattr(pretrained, name) for name in SHAPE}
+    shape = pretrained.flat()
+    changes = {name: shape[name] for name in SHAPE}
     if scale == "paper":
         changes |= {"max_steps": None, "epochs": 3, "lr": 2e-5, "dropout": 0.1}
     else:
@@ -148,4 +150,4 @@ def _after_dynamic(folder: str) -> dict[str, Any]:
 
 def _row(name: str, scale: str, folder: str, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {**BASE[scale], **changes, "exp": name, "output_dir": folder}
-    return TrainConfig(**settings)
+    return TrainConfig.from_flat(**settings)

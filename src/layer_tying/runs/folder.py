@@ -1,38 +1,35 @@
-"""A run folder's files: the configuration, a line a logged step, a line a decision, the summary."""
+"""Writes a run folder: the configuration, a line a logged step, a line a decision, the summary."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-import transformers
+from filelock import FileLock, Timeout
 
 from layer_tying.core.tying import Tying
 from layer_tying.dynamic import Decision
 from layer_tying.errors import InputError
-from layer_tying.runs.config import TrainConfig
+from layer_tying.files import write_text_whole
+from layer_tying.runs.config import CONFIG, TrainConfig
 
-CONFIG, METRICS, DECISIONS, SUMMARY = "config.json", "metrics.jsonl", "tying.jsonl", "summary.json"
+METRICS, DECISIONS, SUMMARY = "metrics.jsonl", "tying.jsonl", "summary.json"
+LOCK = ".lock"
 
 
-class RunLog:
+class RunFolder:
     """Writes a run folder; a process that does not log (``active=False``) writes nothing."""
 
-    def __init__(self, folder: Path, active: bool = True) -> None:
-        self.folder = folder
-        self.checkpoints = folder / "checkpoints"
+    def __init__(self, path: Path, active: bool = True) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
         self._active = active
-        self._lock: int | None = None
+        self._lock = FileLock(path / LOCK)
 
     def hold(self) -> None:
         """Make the run folder if need be, and keep other runs out of it until ``release``.
@@ -42,21 +39,18 @@ class RunLog:
         """
         if not self._active:
             return
-        with self._writing(self.folder):
+        with _writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.checkpoints, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another run is in progress there") from None
-        except OSError:  # a file system without locks
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.path}: another run is in progress there") from None
+        except (OSError, NotImplementedError):  # a file system without locks
             pass
 
     def release(self) -> None:
         """Let other runs use the folder; the end of the process does so too."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def start(self, config: TrainConfig, overwrite: bool) -> None:
         """Begin a new run in the folder. What others have put there stays.
@@ -66,29 +60,18 @@ class RunLog:
         """
         if not self._active:
             return
-        files = [self.folder / name for name in (CONFIG, METRICS, DECISIONS, SUMMARY)]
+        files = [self.path / name for name in (CONFIG, METRICS, DECISIONS, SUMMARY)]
         if any(file.exists() for file in files) and not overwrite:
             raise InputError(
-                f"{self.folder} holds a run: go on with --resume, replace it with --overwrite, "
+                f"{self.path} holds a run: go on with --resume, replace it with --overwrite, "
                 f"or name another --exp"
             )
-        with self._writing(self.folder):
+        with _writing(self.path):
             for file in files:
                 file.unlink(missing_ok=True)
             for saved in self.checkpoints.iterdir():
                 shutil.rmtree(saved)
         self._write(CONFIG, config.to_json() + "\n")
-
-    def config(self) -> TrainConfig:
-        """The configuration of the run that is there.
-
-        Raises:
-            InputError: if there is none.
-        """
-        try:
-            return TrainConfig.from_json((self.folder / CONFIG).read_text(encoding="utf-8"))
-        except OSError:
-            raise InputError(f"{self.folder} holds no run (no {CONFIG})") from None
 
     def metrics(self, **values: Any) -> None:
         """Add a line to ``metrics.jsonl``."""
@@ -106,33 +89,31 @@ class RunLog:
         """Forget what came after a step: a run that goes on from there writes it again."""
         if not self._active:
             return
-        (self.folder / SUMMARY).unlink(missing_ok=True)
+        (self.path / SUMMARY).unlink(missing_ok=True)
         for name in (METRICS, DECISIONS):
-            if (self.folder / name).exists():
-                text = (self.folder / name).read_text(encoding="utf-8", errors="replace")
+            if (self.path / name).exists():
+                text = (self.path / name).read_text(encoding="utf-8", errors="replace")
                 lines = text.splitlines(keepends=True)
                 self._write(name, "".join(line for line in lines if _step_of(line) <= step))
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         if self._active:
-            file = self.folder / name
-            with self._writing(file), file.open("a", encoding="utf-8") as stream:
+            file = self.path / name
+            with _writing(file), file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(_finite(values)) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         if self._active:
-            temporary = self.folder / f".{name}.tmp"
-            with self._writing(self.folder / name):
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, self.folder / name)
+            with _writing(self.path / name):
+                write_text_whole(self.path / name, text)
 
-    @staticmethod
-    @contextmanager
-    def _writing(path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def start_line(tying: Tying) -> dict[str, Any]:
@@ -156,23 +137,6 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
     if with_q and "q" in decision.statistics:
         line["q"] = decision.statistics["q"]
     return line
-
-
-def environment(device: torch.device) -> dict[str, dict[str, Any]]:
-    """The versions and the hardware that a figure was measured with."""
-    is_cuda = device.type == "cuda"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
-    hardware = {
-        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    return {"versions": versions, "hardware": hardware}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

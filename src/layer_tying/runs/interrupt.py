@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request; the second one is not caught.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request; the second one is not caught.
 
     Python tells signals to the main thread only: in another one there are none to answer.
     """
@@ -25,7 +26,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         requested = True
         signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in _requests()}
     for number in previous:
         signal.signal(number, request)
     try:
@@ -33,3 +34,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _requests() -> list[signal.Signals]:
+    """The signals that ask to stop; a hang-up only where there is one and it is not ignored."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found

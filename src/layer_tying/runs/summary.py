@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
-from layer_tying.runs import setup
-from layer_tying.runs.folder import environment
+import accelerate
+import torch
+import transformers
+
+from layer_tying.events import at
 from layer_tying.runs.memory import model_state
-from layer_tying.runs.trainer import Training
+from layer_tying.runs.trainer import Trainer
 from layer_tying.saving import checkpoint
 
 # Scores of the test split that the summary gives under their own names as well.
@@ -20,54 +24,77 @@ HEADLINES = (
 )
 
 
-def summarise(training: Training) -> dict[str, Any]:
+def summarise(trainer: Trainer) -> dict[str, Any]:
     """Score the weights that were best on validation, and write the summary.
 
     The validation split selects; the test split is only reported.
     """
-    end = training.layers.tying
-    at_end = model_state(training.model, [training.optimizer])
-    best = checkpoint.read_checkpoint(training.log.checkpoints / "best")
-    training.storage.apply(best.tying)
-    best.load_weights(training.model)
-    with setup.autocast(training.config, training.accelerator.device):
-        validation = training.workload.scores(training.model, "validation")
-        test = training.workload.scores(training.model, "test")
-    seconds = training.clock.seconds
-    in_training = seconds.get("train", 0.0) + seconds.get("decide", 0.0)
-    config = training.config
+    at("summary")
+    end = trainer.layers.tying
+    at_end = model_state(trainer.model, [trainer.optimizer])
+    best = checkpoint.read_checkpoint(trainer.folder.checkpoints / "best")
+    trainer.storage.apply(best.tying)
+    best.load_weights(trainer.model)
+    with trainer.autocast():
+        validation = trainer.task.scores(trainer.model, "validation")
+        test = trainer.task.scores(trainer.model, "test")
+    config = trainer.config
     summary = {
-        "policy": config.policy,
-        "family": config.family,
-        "dataset": config.dataset,
+        "policy": config.tying.policy,
+        "family": config.model.family,
+        "dataset": config.data.dataset,
         "seed": config.seed,
-        "steps": training.step,
-        "tokens": training.tally.tokens,
+        "steps": trainer.step,
+        "tokens": trainer.tally.tokens,
         "best_step": best.step,
         **{f"validation_{name}": value for name, value in validation.items()},
         **{f"test_{name}": value for name, value in test.items()},
         **{name: test[name] for name in HEADLINES if name in test},
-        "num_layers": config.nlayers,
+        "num_layers": end.num_layers,
         "independent_layers_end": end.num_independent,
         "owners_end": list(end.owners),
         "owners_best": best.facts["owners"],
         "trainable_parameters_end": at_end.num_trainable,
-        "conventional_parameters": _conventional_parameters(training),
-        **training.tally.means(),
-        "seconds_per_step": seconds.get("train", 0.0) / max(training.step, 1),
-        "decision_overhead": seconds.get("decide", 0.0) / max(in_training, 1e-9),
-        "seconds": seconds,
-        "data": training.workload.facts,
+        "conventional_parameters": _conventional_parameters(trainer),
+        **trainer.tally.means(),
+        **_times(trainer.clock.seconds, trainer.step),
+        "data": trainer.task.facts,
         "config_hash": config.digest,
-        **environment(training.accelerator.device),
+        **environment(trainer.device),
     }
-    training.log.summary(summary)
+    trainer.folder.summary(summary)
     return summary
 
 
-def _conventional_parameters(training: Training) -> int:
+def environment(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The versions and the hardware that a figure was measured with."""
+    is_cuda = device.type == "cuda"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    hardware = {
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    return {"versions": versions, "hardware": hardware}
+
+
+def _times(seconds: dict[str, float], num_steps: int) -> dict[str, Any]:
+    in_training = seconds.get("train", 0.0) + seconds.get("decide", 0.0)
+    return {
+        "seconds_per_step": seconds.get("train", 0.0) / max(num_steps, 1),
+        "decision_overhead": seconds.get("decide", 0.0) / max(in_training, 1e-9),
+        "seconds": seconds,
+    }
+
+
+def _conventional_parameters(trainer: Trainer) -> int:
     """How many parameters would train if every layer were independent."""
-    layers = training.storage
+    layers = trainer.storage
     shared = sum(p.numel() for p in layers.parameters(0).values())
-    in_memory = sum(p.numel() for p in training.model.parameters())
+    in_memory = sum(p.numel() for p in trainer.model.parameters())
     return in_memory + shared * (layers.tying.num_layers - layers.tying.num_independent)

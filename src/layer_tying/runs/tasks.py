@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layer_tying.data.config import DataConfig
 from layer_tying.data.tokenizer import FOLDER
-from layer_tying.models.config import ModelConfig
 from layer_tying.runs.config import TrainConfig
 from layer_tying.tasks.base import Task, build_task
 
 
-def task_of(config: TrainConfig) -> Task:
+def task_of(config: TrainConfig, run: Path | None = None) -> Task:
     """Read the data of a run, and make a task of them.
+
+    Args:
+        config: the run.
+        run: the folder whose tokenizer is used for fine-tuning; the run that ``--from`` names if
+            None.
 
     Raises:
         InputError: if they cannot be found or used.
     """
-    model = ModelConfig(config.family, config.nlayers, config.nhead, config.emsize, config.dropout)
-    data = DataConfig(
-        config.dataset,
-        config.data_dir,
-        config.tokenizer,
-        config.objective,  # type: ignore[arg-type]
-        config.bptt,
-        config.batch_size,
-        config.eval_batch_size,
-        config.task,
-    )
-    tokenizer_folder = Path(config.source) / FOLDER if config.source else None
-    return build_task(data, model, config.seed, tokenizer_folder)
+    if run is None and config.tying.source:
+        run = Path(config.tying.source)
+    return build_task(config.data, config.model, config.seed, run / FOLDER if run else None)

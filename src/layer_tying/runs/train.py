@@ -6,30 +6,25 @@ line a decision), ``checkpoints/`` and, once it has ended, ``summary.json``.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from layer_tying.core import distributed
-from layer_tying.errors import InputError
-from layer_tying.models.build import build_model
-from layer_tying.runs import setup
-from layer_tying.runs.config import TrainConfig, first_difference
-from layer_tying.runs.folder import RunLog
+from layer_tying.runs import checkpoints
+from layer_tying.runs.config import TrainConfig, read_config
+from layer_tying.runs.defaults import to_go_on_with
+from layer_tying.runs.devices import check_shares, make_accelerator
+from layer_tying.runs.folder import RunFolder
 from layer_tying.runs.interrupt import stop_requests
-from layer_tying.runs.resume import restore, save, start_log
+from layer_tying.runs.resolve import resolve
 from layer_tying.runs.summary import summarise
 from layer_tying.runs.tasks import task_of
-from layer_tying.runs.trainer import Training
-from layer_tying.saving import checkpoint
-from layer_tying.tasks.base import is_same_data
+from layer_tying.runs.tracking import check_installed, tracking
+from layer_tying.runs.trainer import Trainer
 
 
 class Interrupted(Exception):
@@ -40,7 +35,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     """Train as configured and return the summary that is also written to the run folder.
 
     Args:
-        config: what to train.
+        config: what to train; what it leaves open is settled by ``resolve``.
         resume: go on from the newest whole checkpoint in the run folder.
         overwrite: replace a run that is already in the folder.
 
@@ -48,133 +43,82 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         InputError: if the data, the folder or the checkpoint to go on from cannot be used.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    accelerator = _accelerator(log_with=setup.tracker(config), project_dir=config.folder)
-    log = RunLog(config.folder, active=accelerator.is_main_process)
-    distributed.on_rank_0(lambda: _check_shares(config))
+    tracker = config.logging.log_with
+    check_installed(tracker)
+    accelerator = make_accelerator(log_with=tracker, project_dir=config.folder)
+    distributed.on_rank_0(lambda: check_shares(config.data.batch_size))
     if resume:
-        config = as_it_was(log.config(), config)
+        config = to_go_on_with(read_config(config.folder), config)
+        task = task_of(config, config.folder)
     else:
-        precision = setup.resolve_precision(config, accelerator.device)
-        config = replace(config, precision=distributed.from_rank_0(precision))
-    training = Training(config, accelerator, log)  # reads the data: may refuse
+        config, task = resolve(config, accelerator.device)  # reads the data: may refuse
+    folder = RunFolder(config.folder, active=accelerator.is_main_process)
+    trainer = Trainer(config, task, accelerator, folder)
     try:
-        distributed.on_rank_0(log.hold)
-        if resume:
-            restore(training)
-        else:
-            distributed.on_rank_0(lambda: start_log(training, overwrite))
-            log.config()  # is the folder in sight of every process?
-        with setup.tracking(accelerator, config), stop_requests() as stop_requested:
-            run(training, stop_requested)
-        return summarise(training)
+        distributed.on_rank_0(folder.hold)
+        _begin_or_go_on(trainer, resume, overwrite)
+        with tracking(accelerator, tracker, config.flat()), stop_requests() as stop_requested:
+            run(trainer, stop_requested)
+        return summarise(trainer)
     finally:
-        log.release()
+        folder.release()
 
 
-def run(training: Training, stop_requested: Callable[[], bool]) -> None:
+def _begin_or_go_on(trainer: Trainer, resume: bool, overwrite: bool) -> None:
+    if resume and checkpoints.has_checkpoints(trainer):
+        checkpoints.restore(trainer)
+        return
+    config = trainer.config
+    if not resume:
+        distributed.on_rank_0(lambda: trainer.folder.start(config, overwrite))
+        read_config(config.folder)  # is the folder in sight of every process?
+    distributed.on_rank_0(lambda: checkpoints.begin(trainer))
+    if config.data.task and config.tying.source:
+        trainer.load_pretrained(Path(config.tying.source))
+        checkpoints.save(trainer)  # from here on the other run is not needed
+
+
+def run(trainer: Trainer, stop_requested: Callable[[], bool]) -> None:
     """Train to the last step, or save and leave when a stop is requested."""
-    training.model.train()
-    training.clock.lap("prepare")
-    with _progress_bar(training) as bar:
-        while training.step < training.num_steps:
-            training.losses.append(training.train_step())
-            training.decide()
-            is_last = training.step == training.num_steps
-            is_due = is_last or training.step % training.eval_every == 0
-            scores = training.validate() if is_due else {}
-            if scores or training.step % training.config.log_every == 0:
-                loss = distributed.mean(float(torch.stack(training.losses).mean()))
-                training.losses.clear()
-                training.log_step(loss, scores)
-                _show(training, bar, loss)
+    trainer.model.train()
+    trainer.clock.lap("prepare")
+    evaluation, logging = trainer.config.evaluation, trainer.config.logging
+    assert evaluation.eval_every and logging.save_every, "the defaults are not settled"
+    with _progress_bar(trainer) as bar:
+        while trainer.step < trainer.num_steps:
+            trainer.train_step()
+            trainer.decide()
+            is_last = trainer.step == trainer.num_steps
+            is_due = is_last or trainer.step % evaluation.eval_every == 0
+            scores = trainer.validate() if is_due else {}
+            if scores or trainer.step % logging.log_every == 0:
+                _show(trainer, bar, trainer.log_step(scores))
             bar.update()
             must_stop = distributed.any_rank(stop_requested())
-            if is_last or must_stop or training.step % training.save_every == 0:
-                save(training)
+            if is_last or must_stop or trainer.step % logging.save_every == 0:
+                checkpoints.save(trainer)
             if must_stop and not is_last:
                 raise Interrupted(
-                    f"stopped at step {training.step} of {training.num_steps}; "
+                    f"stopped at step {trainer.step} of {trainer.num_steps}; "
                     f"go on with the same command and --resume"
                 )
 
 
-def _progress_bar(training: Training) -> tqdm[Any]:
+def _progress_bar(trainer: Trainer) -> tqdm[Any]:
     return tqdm(
-        total=training.num_steps,
-        initial=training.step,
-        desc=training.config.exp,
-        disable=not training.accelerator.is_main_process,
+        total=trainer.num_steps,
+        initial=trainer.step,
+        desc=trainer.config.logging.exp,
+        disable=not trainer.accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, {remaining} left",
     )
 
 
-def _show(training: Training, bar: tqdm[Any], loss: float) -> None:
+def _show(trainer: Trainer, bar: tqdm[Any], loss: float) -> None:
+    tying = trainer.layers.tying
     bar.set_postfix_str(
-        f"loss {loss:.3f}, val. perplexity {training.validation_perplexity:.2f}, "
-        f"{training.layers.tying.num_independent}/{training.config.nlayers} layers",
+        f"loss {loss:.3f}, val. perplexity {trainer.validation_perplexity:.2f}, "
+        f"{tying.num_independent}/{tying.num_layers} layers",
         refresh=False,
     )
-
-
-def _accelerator(**options: Any) -> Accelerator:
-    """The device, and the other processes where a launcher started several."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != distributed.world_size():
-        raise InputError(
-            f"{launched} processes were launched, but accelerate joins none of them on "
-            f"{accelerator.device.type}: launch one, or add --cpu to accelerate launch"
-        )
-    return accelerator
-
-
-def _check_shares(config: TrainConfig) -> None:
-    if config.batch_size % distributed.world_size():
-        raise InputError(
-            f"batch_size {config.batch_size} is that of all processes together, and not divisible "
-            f"by the {distributed.world_size()} there are"
-        )
-
-
-def as_it_was(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
-    """The configuration to go on with; what was measured at the start is not measured again."""
-    if asked.precision == "auto":
-        asked = replace(asked, precision=saved.precision)
-    if difference := first_difference(saved, asked):
-        raise InputError(
-            f"cannot resume {saved.folder} with another configuration: {difference} "
-            f"(the saved run first)"
-        )
-    return asked
-
-
-def measured_precision(config: TrainConfig) -> str:
-    """The precision that this machine's device trains the configuration in."""
-    return setup.resolve_precision(config, _accelerator().device)
-
-
-def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[str, float]:
-    """Score a run's best weights.
-
-    Args:
-        folder: the run folder.
-        split: ``validation`` or ``test``.
-        data_dir: where local data sets lie now, if not where they did.
-
-    Raises:
-        InputError: if the folder holds no run with a checkpoint, or the data have changed.
-    """
-    config = RunLog(folder).config()
-    best = checkpoint.read_checkpoint(folder / "checkpoints" / "best")
-    config = replace(config, data_dir=data_dir or config.data_dir)
-    if config.task:  # it holds the tokenizer itself: the run that it was tuned from may be gone
-        config = replace(config, source=str(folder))
-    workload = task_of(config)
-    if not is_same_data(best.facts["data"], workload.facts):
-        raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
-    model = build_model(workload.model_config, best.tying, device=_accelerator().device)
-    best.load_weights(model)
-    setup.choose_attention(model, config)
-    with setup.autocast(config, model.device):
-        return workload.scores(model, split)

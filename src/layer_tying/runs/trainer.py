@@ -1,17 +1,21 @@
 """A run in progress: its steps, decisions and validations, as Algorithm 1 has them.
 
-What surrounds them is elsewhere: the order of things in ``train.py``, going on exactly in
-``resume.py``, the figures at the end in ``summary.py``.
+What surrounds them is elsewhere: the order of things in ``train.py``, checkpoints in
+``checkpoints.py``, the figures at the end in ``summary.py``.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from layer_tying.core import distributed
 from layer_tying.core.find import find_layers
@@ -21,115 +25,134 @@ from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.batches import rows_of_rank
 from layer_tying.dynamic import DynamicTying, Layers
+from layer_tying.events import at
 from layer_tying.models.build import build_model
 from layer_tying.models.families import residual_outputs
 from layer_tying.policies.base import Policy
-from layer_tying.runs import setup
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.folder import RunLog, decision_line
+from layer_tying.runs.folder import RunFolder, decision_line
+from layer_tying.runs.from_run import best_checkpoint, load_backbone
 from layer_tying.runs.memory import ModelState, model_state, peak_bytes
-from layer_tying.runs.source import best_checkpoint, load_backbone
+from layer_tying.runs.optimization import adamw, learning_rate
+from layer_tying.runs.precision import autocast, choose_attention
+from layer_tying.runs.start import rules_of, starting_point
 from layer_tying.runs.statistics import Stopwatch, Tally
-from layer_tying.runs.tasks import task_of
 from layer_tying.saving import checkpoint
+from layer_tying.tasks.base import Task
 from layer_tying.tasks.evaluation import evaluating
 from layer_tying.tasks.metrics import perplexity
 
 LOGGED_Q_VALUES = 8  # decisions whose whole Q-matrix is logged, over a run
+NO_BEST = {"step": 0, "loss": math.inf}
 
 
-class Training:
-    """What Algorithm 1 keeps from step to step, and its parts."""
+class Trainer:
+    """Everything that Algorithm 1 keeps from step to step.
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, log: RunLog) -> None:
+    Args:
+        config: the run, with every default settled (see ``resolve``).
+        task: the data and the loss.
+        accelerator: the device, and the other processes if there are any.
+        folder: what is logged goes there.
+    """
+
+    def __init__(
+        self, config: TrainConfig, task: Task, accelerator: Accelerator, folder: RunFolder
+    ) -> None:
+        assert config.optimization.max_steps is not None, "the defaults are not settled"
         self.config = config
+        self.task = task
         self.accelerator = accelerator
-        self.log = log
-        self.workload = task_of(config)
-        batches = self.workload.batches_per_epoch * config.epochs
-        self.num_steps = config.max_steps or max(1, batches // config.accumulate)
-        config.check_every(self.num_steps)
-        self.eval_every = config.eval_every or max(1, self.num_steps // 10)
-        self.save_every = config.save_every or self.eval_every
-        self.model_config = self.workload.model_config.to_dict()  # as those who use it want it
+        self.device: torch.device = accelerator.device
+        self.folder = folder
+        self.num_steps: int = config.optimization.max_steps
+        self.model_config = task.model_config.to_dict()  # as those who use it want it
         torch.manual_seed(config.seed)  # the same weights on all ranks
-        self.rules = setup.rules(config, self.workload.model_config)
-        start, policy = setup.starting_point(config, self.num_steps, self.rules)
-        setup.check_budget(self.rules, start, policy)
-        damped, inherit = setup.sharing(config)
-        in_memory = Tying.independent(config.nlayers) if config.freezes else start
-        self.model = build_model(
-            self.workload.model_config,
-            in_memory,
-            device=accelerator.device,
-        )
-        if damped:
-            outputs = residual_outputs(self.model.config.model_type)
-            divide_initial_weights(find_layers(self.model), start, outputs)
-        self.model.config.use_cache = False
-        setup.choose_attention(self.model, config)
-        if config.task:
-            load_backbone(best_checkpoint(config), self.model)
-        if config.checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = setup.adamw(self.model, config)
-        self.storage = TiedLayers(
-            self.model,
-            self.optimizer,
-            gradient=config.gradient,  # type: ignore[arg-type]
-            optimizer_state=config.moments,  # type: ignore[arg-type]
-            inherit=inherit,
-        )
-        self.layers: Layers = self.storage
-        if config.freezes:
-            self.layers = FrozenLayers(self.storage, start, copies=config.sharing == "tied")
+        self.rules = rules_of(config.tying, task.model_config)
+        start, policy = starting_point(config.tying, self.rules, self.num_steps, config.seed)
+        self._build_model(start)
+        self.optimizer = adamw(self.model, config.optimization)
+        self._tie(start)
         self.tying = self._put_in_charge(policy) if policy else None
-        if config.compile:
+        if config.optimization.compile:
             for block in self.layers.stack.blocks:
                 block.compile()
         if distributed.rank():
             torch.manual_seed(config.seed + distributed.rank())  # but not the same dropout
         self.tally = Tally()
-        self.clock = Stopwatch(accelerator.device)
+        self.clock = Stopwatch(self.device)
         self.state: ModelState | None = None  # what is held; None after it may have changed
-        self.losses: list[torch.Tensor] = []  # of the steps since the last logged one
-        self.last_loss: torch.Tensor | None = None  # of the newest step
-        self.best: dict[str, float] = {"step": 0, "loss": math.inf}
+        self.losses: list[Tensor] = []  # of the steps since the last logged one
+        self.last_loss: Tensor | None = None  # of the newest step
+        self.best: dict[str, float] = NO_BEST
         self.validation_perplexity = math.nan
+
+    def _build_model(self, start: Tying) -> None:
+        tying, optimization = self.config.tying, self.config.optimization
+        in_memory = Tying.independent(start.num_layers) if tying.freezes else start
+        self.model = build_model(self.task.model_config, in_memory, device=self.device)
+        if tying.shared_init == "damped":
+            outputs = residual_outputs(self.model.config.model_type)
+            divide_initial_weights(find_layers(self.model), start, outputs)
+        self.model.config.use_cache = False
+        choose_attention(self.model, optimization.precision, self.config.data.bptt)
+        if optimization.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _tie(self, start: Tying) -> None:
+        tying = self.config.tying
+        self.storage = TiedLayers(
+            self.model,
+            self.optimizer,
+            gradient=tying.gradient,
+            optimizer_state=tying.moments,
+            inherit=tying.inherit,  # type: ignore[arg-type]  # settled, so not ""
+        )
+        self.layers: Layers = self.storage
+        if tying.freezes:
+            self.layers = FrozenLayers(self.storage, start, copies=tying.sharing == "tied")
 
     def _put_in_charge(self, policy: Policy) -> DynamicTying:
         return DynamicTying.over(
             self.layers,
             policy,
             self.num_steps,
-            every=self.config.every,
+            every=self.config.tying.every,
             max_independent=self.rules.max_independent,
         )
+
+    def load_pretrained(self, source: Path) -> None:
+        """Begin with the weights of a run of the same shape (fine-tuning)."""
+        load_backbone(best_checkpoint(source), self.model)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.tally.steps
 
-    def train_step(self) -> torch.Tensor:
+    def train_step(self) -> Tensor:
         """One optimizer step (Algorithm 1, lines 5-6); its mean loss."""
-        rate = setup.learning_rate(self.config, self.step, self.num_steps)
+        at("step")
+        settings = self.config.optimization
+        rate = learning_rate(settings, self.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), device=self.accelerator.device)
-        for _ in range(self.config.accumulate):
-            batch, weight = _my_rows(next(self.workload.batches))
-            with self._autocast():
-                loss = self.workload.loss(self.model, batch) * (weight / self.config.accumulate)
+        total = torch.zeros((), device=self.device)
+        for _ in range(settings.accumulate):
+            batch, weight = _my_rows(next(self.task.batches))
+            with self.autocast():
+                loss = self.task.loss(self.model, batch) * (weight / settings.accumulate)
             loss.backward()
             total += loss.detach()
+        at("gradients")
         distributed.average_gradients(self.model.parameters())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         if self.state is None:
             self.state = model_state(self.model, [self.optimizer])
         self.optimizer.zero_grad()
-        tokens = self.workload.tokens_per_batch * self.config.accumulate
+        tokens = self.task.tokens_per_batch * settings.accumulate
+        self.losses.append(total)
         self.last_loss = total
         self.tally.add_step(tokens, self.layers.tying.num_independent, self.state)
         return total
@@ -138,58 +161,59 @@ class Training:
         """Lines 7-27, where they are due."""
         if self.tying is None:
             return
-        is_due = self.tying.decision_is_due
-        index = self.tying.num_steps // self.config.every
-        if is_due:
+        if self.tying.decision_is_due:
             self.clock.lap("train")
-        decision = self.tying.step(self.last_loss, self._reward)
+        index = self.tying.num_steps // self.tying.every
+        decision = self.tying.step(self.last_loss, self.reward)
         if decision:
-            spacing = max(1, self.num_steps // self.config.every // LOGGED_Q_VALUES)
-            self.log.decision(**decision_line(decision, with_q=index % spacing == 0))
+            at("decided")
+            spacing = max(1, self.num_steps // self.tying.every // LOGGED_Q_VALUES)
+            self.folder.decision(**decision_line(decision, with_q=index % spacing == 0))
             self.state = None
             self.clock.lap("decide")
 
-    def _reward(self) -> float:
+    def reward(self) -> float:
         """Lines 20-21: minus the (log-)perplexity of a fresh training batch, or the accuracy."""
-        batch, weight = _my_rows(next(self.workload.reward_batches))
-        with evaluating(self.model), self._autocast():
-            if self.config.reward == "accuracy":
-                return distributed.mean(weight * self.workload.accuracy(self.model, batch))
-            loss = distributed.mean(weight * float(self.workload.loss(self.model, batch)))
-        return -perplexity(loss) if self.config.reward == "perplexity" else -loss
+        at("reward")
+        wanted = self.config.tying.reward
+        batch, weight = _my_rows(next(self.task.reward_batches))
+        with evaluating(self.model), self.autocast():
+            if wanted == "accuracy":
+                return distributed.mean(weight * self.task.accuracy(self.model, batch))
+            loss = distributed.mean(weight * float(self.task.loss(self.model, batch)))
+        return -perplexity(loss) if wanted == "perplexity" else -loss
 
     def validate(self) -> dict[str, float]:
         """Score the validation split, and keep the weights if they are the best so far."""
+        at("validate")
         self.clock.lap("train")
-        with self._autocast():
-            scores = self.workload.scores(self.model, "validation", self.config.eval_batches)
+        with self.autocast():
+            scores = self.task.scores(self.model, "validation", self.config.evaluation.eval_batches)
         self.validation_perplexity = scores["perplexity"]
         if scores["loss"] < self.best["loss"] or not self.best["step"]:
             loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
             self.best = {"step": self.step, "loss": loss}
             distributed.on_rank_0(
-                lambda: checkpoint.save_checkpoint(
-                    self.log.checkpoints / "best",
-                    self.model,
-                    self.storage.tying,
-                    step=self.step,
-                    config=asdict(self.config),
-                    facts=self.facts() | {"scores": scores},
-                )
+                lambda: self.save_weights(self.folder.checkpoints / "best", scores=scores)
             )
         self.clock.lap("validate")
         return scores
 
-    def _autocast(self) -> torch.autocast:
-        return setup.autocast(self.config, self.accelerator.device)
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs."""
+        return autocast(self.config.optimization.precision, self.device)
 
-    def log_step(self, loss: float, scores: dict[str, float]) -> None:
-        """Add a line of metrics, with the scores of a validation if there was one."""
+    def log_step(self, scores: Mapping[str, float]) -> float:
+        """Add a line of metrics, with the scores of a validation if there was one.
+
+        Returns:
+            The mean loss of the steps since the last line.
+        """
         self.clock.lap("train")
+        loss = distributed.mean(float(torch.stack(self.losses).mean()))
+        self.losses.clear()
         state = self.state or model_state(self.model, [self.optimizer])
-        self.tally.peak_memory_bytes = max(
-            self.tally.peak_memory_bytes, peak_bytes(self.accelerator.device)
-        )
+        self.tally.peak_memory_bytes = max(self.tally.peak_memory_bytes, peak_bytes(self.device))
         validation = {f"validation_{k}": v for k, v in scores.items() if k != "loss"}
         line = {
             "step": self.step,
@@ -206,16 +230,68 @@ class Training:
             "peak_memory_bytes": self.tally.peak_memory_bytes,
             **validation,
         }
-        self.log.metrics(**line)
+        self.folder.metrics(**line)
         self.accelerator.log(line, step=self.step)  # to a tracker, if there is one
+        return loss
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of itself: its data, and the tying as the policy sees it."""
+    def save_weights(self, folder: Path, training: Any = None, **facts: Any) -> None:
+        """Write a checkpoint of the weights, with what it says of itself; on one rank only."""
+        checkpoint.save_checkpoint(
+            folder,
+            self.model,
+            self.storage.tying,
+            step=self.step,
+            config=json.loads(self.config.to_json()),
+            facts={
+                "data": self.task.facts,
+                "owners": list(self.layers.tying.owners),
+                "model": self.model_config,
+                **facts,
+            },
+            training=training,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that going on exactly needs: tensors and JSON-able values. Call it on all ranks."""
+        self.tally.seconds = self.clock.seconds
         return {
-            "data": self.workload.facts,
+            "model": checkpoint.unique_tensors(self.model),
+            "storage": list(self.storage.tying.owners),
             "owners": list(self.layers.tying.owners),
-            "model": self.model_config,
+            "moments": checkpoint.moments_by_name(self.model, self.optimizer),
+            "tying": self.tying.state_dict() if self.tying else None,
+            "batches": self.task.batches.state(),
+            "reward_batches": self.task.reward_batches.state(),
+            "rng": distributed.gather(checkpoint.rng_state()),
+            "tally": asdict(self.tally),
+            "losses": [distributed.mean(float(loss)) for loss in self.losses],
+            "best": self.best,
+            "validation_perplexity": self.validation_perplexity,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned, on as many processes or on others.
+
+        Raises:
+            InputError: if it is of another model or policy.
+        """
+        self.storage.apply(Tying(tuple(state["storage"])))
+        checkpoint.load_tensors(self.model, state["model"], self.folder.path)
+        self.layers.apply(Tying(tuple(state["owners"])))
+        checkpoint.load_moments_by_name(self.model, self.optimizer, state["moments"])
+        if self.tying:
+            self.tying.load_state_dict(state["tying"])
+        self.layers.verify()
+        self.task.batches.restore(state["batches"])
+        self.task.reward_batches.restore(state["reward_batches"])
+        self.tally = Tally(**state["tally"])
+        self.clock.seconds = dict(self.tally.seconds)
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.best = dict(state["best"])
+        self.validation_perplexity = state["validation_perplexity"]
+        self.state = None
+        if distributed.rank() < len(state["rng"]):
+            checkpoint.set_rng_state(state["rng"][distributed.rank()])
 
 
 def _my_rows(batch: Any) -> tuple[Any, float]:

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
+from layer_tying.events import at
 
 FORMAT = "layer-tying checkpoint 2"
 STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
@@ -63,12 +64,7 @@ class Checkpoint:
         Raises:
             InputError: if the names or shapes differ.
         """
-        saved = self.weights()
-        tensors = unique_tensors(model)
-        check_fit(saved, tensors, self.folder)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+        load_tensors(model, self.weights(), self.folder)
 
     def training_state(self) -> Any:
         """The tree of tensors and JSON-able values that was saved beside the weights."""
@@ -208,6 +204,19 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
+def load_tensors(model: nn.Module, saved: Mapping[str, Tensor], origin: Path) -> None:
+    """Copy tensors into a model that has them all, under the names that ``unique_tensors`` gives.
+
+    Raises:
+        InputError: if the names or shapes differ, naming where the tensors are from.
+    """
+    tensors = unique_tensors(model)
+    check_fit(saved, tensors, origin)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
+
 def check_fit(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise an InputError if saved tensors are not, by names and shapes, those of a model."""
     if saved.keys() != tensors.keys():
@@ -309,6 +318,8 @@ def _sum_line(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # only there can a folder be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -318,6 +329,7 @@ def _sync(path: Path) -> None:
 
 def _replace(temporary: Path, folder: Path) -> None:
     """Rename a folder into place; an older one of that name goes away after, not before."""
+    at("checkpoint")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -50,7 +50,7 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
     model = load(run)
     best = run / "checkpoints" / "best"
     if dtype is None and best.is_dir():
-        dtype = read_checkpoint(best).config.get("export_dtype")
+        dtype = read_checkpoint(best).config["tying"]["export_dtype"]
     write, name = {
         "expanded": (export_expanded, "model.safetensors"),
         "compact": (export_compact, COMPACT),

@@ -1,0 +1,229 @@
+"""The commands that train: ``layer-tying train | compare | finetune | recipe``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from layer_tying.cli.flags import parse, reader, settings_given, settings_groups
+from layer_tying.data.glue import TASKS
+from layer_tying.errors import InputError
+from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
+from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
+from layer_tying.runs.defaults import with_changes
+from layer_tying.runs.processes import Job, train_all
+from layer_tying.runs.tying_config import DECIDING, POLICIES
+
+INTERRUPTED = 130
+# What cannot be chosen when a run is fine-tuned: it is the run's, or the policy's.
+NOT_WHEN_FINETUNING = (*SHAPE, "policy", "task", "source", "dataset", "groups", "owners")
+NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")
+SCORES = {  # of a test split, as they are printed
+    "last_word_accuracy": "last-word accuracy",
+    "accuracy": "accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "f1": "F1",
+}
+
+
+def _own(kind: Any, default: Any, help: str, name: str | None = None) -> tuple[Any, Any]:
+    """An option that is no setting of a run: its type and its default."""
+    shown = "" if default in (None, False) else f"(default: {default})"
+    argument = tyro.conf.arg(name=name, help=help, help_behavior_hint=shown)
+    mark = tyro.conf.FlagCreatePairsOff if kind is bool else reader(kind)
+    return Annotated[kind if kind is bool else kind | None, argument, mark], field(default=default)
+
+
+GOING_ON = [
+    ("resume", *_own(bool, False, "go on where it stopped")),
+    ("overwrite", *_own(bool, False, "replace what is there")),
+]
+
+
+def train(arguments: Sequence[str], program: str, help: str) -> int:
+    """Train one model."""
+    options = _with_settings(arguments, program, help, leave_out=("task",))
+    return _train_and_report(options.config, options)
+
+
+def _with_settings(
+    arguments: Sequence[str], program: str, help: str, leave_out: Sequence[str], own: Any = ()
+) -> Any:
+    """Options with ``config``, the settings of a run: flags on top of ``--config FILE``."""
+    saved = _saved(arguments)
+    defaults = saved.open_again() if saved else TrainConfig()
+    kind = make_dataclass(
+        "Options",
+        [
+            ("config", *_own(str, None, "start from a config.json; flags change it")),
+            *own,
+            *GOING_ON,
+            *settings_groups(defaults.flat(), leave_out),
+        ],
+    )
+    options = _checked(parse(kind, arguments, program, help))
+    given = settings_given(options)
+    options.config = with_changes(saved, **given) if saved else TrainConfig.from_flat(**given)
+    return options
+
+
+def _saved(arguments: Sequence[str]) -> TrainConfig | None:
+    """The configuration that ``--config`` names: it has to be read before the flags on top."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config" and (equals or arguments[index + 1 :]):
+            path = Path(value if equals else arguments[index + 1])
+            try:
+                return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"--config {path}: {error.strerror}") from None
+    return None
+
+
+def _checked(options: Any) -> Any:
+    if options.resume and options.overwrite:
+        raise InputError("--resume and --overwrite contradict each other: give one of them")
+    return options
+
+
+def _train_and_report(config: TrainConfig, options: Any) -> int:
+    from layer_tying.runs.memory import return_freed_memory
+    from layer_tying.runs.train import Interrupted
+    from layer_tying.runs.train import train as train_run
+
+    return_freed_memory()
+    speaks = int(os.environ.get("RANK", "0")) == 0  # one of many processes
+    try:
+        summary = train_run(config, resume=options.resume, overwrite=options.overwrite)
+    except Interrupted as stop:
+        if speaks:
+            print(f"layer-tying: {stop}", file=sys.stderr)
+        return INTERRUPTED
+    if speaks:
+        from layer_tying.report import write_report
+
+        write_report([config.folder], config.folder / "report.html")
+        print(_outcome(summary, config))
+    return 0
+
+
+def _outcome(summary: dict[str, Any], config: TrainConfig) -> str:
+    test = "dev" if config.data.task else "test"
+    scores = [f"{label} {summary[name]:.3f}" for name, label in SCORES.items() if name in summary]
+    scores.append(f"perplexity {summary['test_perplexity']:.3f} on {test}")
+    validation = f"{summary['validation_perplexity']:.3f} on validation"
+    layers = f"{summary['independent_layers_end']} of {summary['num_layers']} layers independent"
+    page = config.folder / "report.html"
+    return f"{', '.join(scores)}, {validation}; {layers} at the end; {page}"
+
+
+def compare(arguments: Sequence[str], program: str, help: str) -> int:
+    """Each policy trains in a process of its own, so that its peak memory is its own."""
+    from layer_tying.report import comparison_table, write_report
+    from layer_tying.runs.reading import read_run
+
+    which = f"which policies, separated by commas, of {', '.join(POLICIES)}"
+    own = [("policies", *_own(str, "none,dqn,bandit", which))]
+    options = _with_settings(arguments, program, help, ("policy", "task"), own)
+    jobs = [
+        Job(
+            options.config.replace(
+                policy=policy, exp=f"{options.config.logging.exp}/{policy}", **_left_out(policy)
+            ),
+            policy,
+        )
+        for policy in dict.fromkeys(options.policies.split(","))
+    ]
+    try:
+        ended = train_all(jobs, resume=options.resume, overwrite=options.overwrite)
+    except KeyboardInterrupt:  # the run that was stopped has said so
+        return INTERRUPTED
+    if code := next((end.code for end in ended.values() if end.code), 0):
+        return code
+    folders = [job.config.folder for job in jobs]
+    page = options.config.folder / "report.html"
+    write_report(folders, page)
+    print(comparison_table([read_run(folder) for folder in folders]))
+    print(f"\nThe report, with pictures: {page}")
+    return 0
+
+
+def _left_out(policy: str) -> dict[str, Any]:
+    """The settings of other policies, which a comparison has as well."""
+    tying = set(POLICIES) - {"none"}  # conventional training has no budget
+    belong = {
+        **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
+        **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
+        **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
+    }
+    return {name: DEFAULTS[name] for name, policies in belong.items() if policy not in policies}
+
+
+def finetune(arguments: Sequence[str], program: str, help: str) -> int:
+    """The shape of the model is the run's; all else is chosen anew."""
+
+    tying = "keep the run's tying, go on from it with the paper's agent, or untie all layers"
+    required = [
+        ("task", Annotated[Literal[tuple(TASKS)], tyro.conf.arg(help="what for")]),  # type: ignore[valid-type]
+        ("source", Annotated[str, tyro.conf.arg(name="from", help="the run", metavar="RUN")]),
+    ]
+    own = [
+        ("choice", *_own(Literal[tuple(TYINGS)], "keep", tying, name="tying")),
+        ("exp", *_own(str | None, None, "name of the new run (default: RUN's, the task, ...)")),
+    ]
+    groups = settings_groups(DEFAULTS | {"lr": 3e-4, "epochs": 3}, NOT_WHEN_FINETUNING)
+    kind = make_dataclass("Options", [*required, *own, *GOING_ON, *groups])
+    options = _checked(parse(kind, arguments, program, help))
+    run = Path(options.source)
+    pretrained = read_config(run).flat()
+    config = TrainConfig.from_flat(
+        **settings_given(options)
+        | {name: pretrained[name] for name in SHAPE}
+        | {"task": options.task, "source": options.source, "policy": TYINGS[options.choice]}
+        | {"exp": options.exp or f"{run.name}-{options.task}-{options.choice}"}
+        | {"data_dir": options.data.data_dir or pretrained["data_dir"]}
+    )
+    return _train_and_report(config, options)
+
+
+def recipe(arguments: Sequence[str], program: str, help: str) -> int:
+    """Train a row of the paper."""
+    name = tyro.conf.arg(help="one of those that --list lists", metavar="NAME")
+    data_dir, few = "where local data sets lie", "stop after so few steps, to try a row out"
+    kind = make_dataclass(
+        "Options",
+        [
+            ("name", tyro.conf.Positional[Annotated[str, name]], field(default="")),
+            ("list", *_own(bool, False, "list the recipes")),
+            ("scale", *_own(Literal[SCALES], "small", "the paper's, or one for a CPU")),
+            ("output_dir", *_own(str | None, None, "(default: runs/SCALE)")),
+            ("data_dir", *_own(str | None, None, data_dir)),
+            ("max_steps", *_own(int | None, None, few)),
+            *GOING_ON,
+        ],
+    )
+    options = _checked(parse(kind, arguments, program, help))
+    rows = recipes(options.scale, options.output_dir)
+    if options.list:
+        for row, config in rows.items():
+            source = config.tying.source
+            print(f"{row}  (after {Path(source).name})" if source else row)
+        return 0
+    if options.name not in rows:
+        asked = f"unknown recipe {options.name!r}" if options.name else "no recipe was named"
+        raise InputError(f"{asked}: see layer-tying recipe --list")
+    config = rows[options.name].replace(data_dir=options.data_dir)
+    if options.max_steps is not None:
+        config = config.replace(max_steps=options.max_steps, eval_every=options.max_steps)
+    if first := runs_first(config):
+        raise InputError(
+            f"{options.name} starts from {config.tying.source}, which has not ended: "
+            f"first run layer-tying recipe {first} with the same options"
+        )
+    return _train_and_report(config, options)

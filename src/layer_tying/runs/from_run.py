@@ -1,0 +1,117 @@
+"""What a run takes from another run (``--from``): its tyings, its settings, its weights.
+
+All of it is taken once, at the start, and kept in the new run's own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from layer_tying.core.find import find_layers
+from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
+from layer_tying.runs.config import SHAPE, TrainConfig, read_config
+from layer_tying.runs.reading import read_run
+from layer_tying.runs.tying_config import TyingConfig
+from layer_tying.saving.checkpoint import Checkpoint, read_checkpoint, unique_tensors
+
+
+def settings_from(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the run which ``--from`` names decides; none without ``--from``.
+
+    Raises:
+        InputError: if there is no such run, or it does not fit.
+    """
+    if not config.tying.source or config.tying.tyings:
+        return {}
+    source = Path(config.tying.source)
+    if config.data.task:
+        _check_same(config, source, SHAPE)
+        return {"tyings": (owners_text(best_checkpoint(source).tying),)}
+    theirs = read_config(source).tying
+    settings: dict[str, Any] = {"shared_init": theirs.shared_init, "inherit": theirs.inherit}
+    if config.tying.freezes:  # all layers are in memory: no weights are shared at the start
+        settings["shared_init"] = "plain"
+    if config.tying.policy == "recorded":
+        _check_same(config, source, ("nlayers", "every"))
+        tyings = recorded_tyings(source, config.tying.permute)
+    else:
+        _check_same(config, source, ("nlayers",))
+        tyings = [final_tying(source)]
+    return settings | {"tyings": tuple(owners_text(tying) for tying in tyings)}
+
+
+def owners_text(tying: Tying) -> str:
+    """Owners as settings have them: ``0,0,2``."""
+    return ",".join(map(str, tying.owners))
+
+
+def tyings_of(config: TyingConfig) -> list[Tying]:
+    """The tyings that were taken from the other run."""
+    return [Tying(tuple(map(int, owners.split(",")))) for owners in config.tyings]
+
+
+def final_tying(source: Path) -> Tying:
+    """The tying that a run ended with, or has reached so far."""
+    run = read_run(source)
+    owners = (run.summary or {}).get("owners_end") or run.decisions[-1]["state"]
+    return Tying(tuple(owners))
+
+
+def recorded_tyings(source: Path, permute: int | None = None) -> list[Tying]:
+    """The tying that a run started from, then one for each of its decisions.
+
+    With ``permute``, a seed, they are of permuted layers: layer i has moved to ``places[i]``.
+
+    Raises:
+        InputError: if it did not decide.
+    """
+    run = read_run(source)
+    if not run.is_dynamic:
+        raise InputError(f"{source} has no decisions to replay: its policy is {run.policy}")
+    tyings = [Tying(tuple(line["state"])) for line in run.decisions]
+    if permute is None:
+        return tyings
+    places = np.random.default_rng(permute).permutation(run.num_layers).tolist()
+    return [tying.permuted(places) for tying in tyings]
+
+
+def best_checkpoint(source: Path) -> Checkpoint:
+    """The weights of a run that were best on validation, with their tying."""
+    return read_checkpoint(source / "checkpoints" / "best")
+
+
+def load_backbone(best: Checkpoint, model: PreTrainedModel) -> None:
+    """Copy a language model's weights into a classifier of its shape, whatever its tying.
+
+    Every layer gets the weights that it used there. The classifier's head stays as it is.
+
+    Raises:
+        InputError: if a weight is missing, or of another shape.
+    """
+    saved = best.weights()
+    layers = find_layers(model).names
+    owner_of = {layer: layers[best.tying.owners[i]] for i, layer in enumerate(layers)}
+    heads = (f"{model.base_model_prefix}.pooler.",)  # BERT's masked model has none
+    with torch.no_grad():
+        for name, tensor in unique_tensors(model).items():
+            if not name.startswith(f"{model.base_model_prefix}.") or name.startswith(heads):
+                continue
+            layer = next((each for each in layers if name.startswith(f"{each}.")), "")
+            there = saved.get(owner_of.get(layer, "") + name.removeprefix(layer))
+            if there is None or there.shape != tensor.shape:
+                raise InputError(f"{best.folder} is of another model: its {name} does not fit")
+            tensor.copy_(there)
+
+
+def _check_same(config: TrainConfig, source: Path, names: tuple[str, ...]) -> None:
+    """Check that the other run has these settings in common with this one."""
+    ours, theirs = config.flat(), read_config(source).flat()
+    for name in names:
+        if theirs[name] != ours[name]:
+            raise InputError(f"{name} is {ours[name]!r} here, but {theirs[name]!r} in {source}")

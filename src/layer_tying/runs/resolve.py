@@ -1,0 +1,75 @@
+"""Settles every default of a run once, before ``config.json`` is written.
+
+After that nothing of a run is read from elsewhere: what it takes from another run (``--from``) is
+in its own configuration and its own folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layer_tying.core.tying import Rules
+from layer_tying.models.families import FAMILIES
+from layer_tying.policies.base import Policy
+from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.defaults import settle
+from layer_tying.runs.from_run import owners_text, settings_from
+from layer_tying.runs.precision import usual_precision
+from layer_tying.runs.start import policy_of, rules_of, usual_groups
+from layer_tying.runs.tasks import task_of
+from layer_tying.runs.tying_config import DECIDING
+from layer_tying.tasks.base import Task
+
+
+def resolve(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Task]:
+    """The configuration with every default settled, and its task, whose data settle some of them.
+
+    Args:
+        config: what was asked for.
+        device: that it will be trained on.
+
+    Raises:
+        InputError: if the data, or the run that ``--from`` names, cannot be used.
+    """
+    config = settle(config, **settings_from(config))
+    config = settle(config, **usual_settings(config), precision=usual_precision(device))
+    task = task_of(config)
+    return _settle_lengths(config, task), task
+
+
+def usual_settings(config: TrainConfig) -> dict[str, Any]:
+    """The defaults that depend on the policy, which says them of itself, and on the family."""
+    is_image = FAMILIES[config.model.family].kind == "image"
+    tying = config.tying
+    usual: dict[str, Any] = {"dataset": config.data.task or ("digits" if is_image else "pydocs")}
+    policy = policy_of(tying, config.seed) if tying.policy in DECIDING else Policy()
+    draws_shared = not (tying.freezes or config.data.task)
+    evaluated = "perplexity" if is_image else "log-perplexity"
+    return usual | {
+        "reward": "training-loss" if policy.reward == "training_loss" else evaluated,
+        "settle": policy.settles,
+        "shared_init": "damped" if policy.divides_initial_weights and draws_shared else "plain",
+        "inherit": policy.inherit,
+    }
+
+
+def _settle_lengths(config: TrainConfig, task: Task) -> TrainConfig:
+    """The defaults that depend on the data: numbers of steps, and of groups."""
+    batches = task.batches_per_epoch * config.optimization.epochs
+    config = settle(config, max_steps=max(1, batches // config.optimization.accumulate))
+    assert config.optimization.max_steps is not None
+    config = settle(config, eval_every=max(1, config.optimization.max_steps // 10))
+    config = settle(config, save_every=config.evaluation.eval_every)
+    return _settle_start(config, rules_of(config.tying, task.model_config))
+
+
+def _settle_start(config: TrainConfig, rules: Rules) -> TrainConfig:
+    """What a policy starts from, where that was left open, and in how many groups."""
+    tying = config.tying
+    if tying.policy in DECIDING and not tying.initial:
+        start = policy_of(tying, config.seed).start(rules)
+        return settle(config, tyings=(owners_text(start),))
+    groups = usual_groups(tying, rules)
+    return settle(config, groups=groups) if groups else config

@@ -1,0 +1,155 @@
+"""Which layers share weights, who decides it and within which limits, as settings. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from layer_tying.core.patterns import PATTERNS
+from layer_tying.errors import InputError
+from layer_tying.policies import POLICIES as DECIDING_RECORDS
+from layer_tying.settings import check_at_least, check_finite, check_shares, check_types, hidden
+
+DECIDING = tuple(DECIDING_RECORDS)  # the policies that change the tying while a model trains
+POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
+EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+
+if TYPE_CHECKING:
+    PolicyName = StartName = str
+else:  # so that the command lists the names
+    PolicyName = Literal[POLICIES]
+    StartName = Literal[("", *PATTERNS, "frozen")]
+
+
+@dataclass(frozen=True)
+class TyingConfig:
+    """Which layers share weights, and who decides it.
+
+    Attributes:
+        inherit: which weights a group goes on with when the tying changes; the policy's.
+        tyings: as owners separated by commas: what a deciding policy chose to start from; or, from
+            the run that ``source`` names, the tying to begin with and, of policy recorded, one for
+            each decision.
+
+    Raises:
+        InputError: if a value is out of its range, or two values contradict each other.
+    """
+
+    policy: PolicyName = "bandit"
+    """who decides which layers are tied; dqn is the paper's agent"""
+    every: int = 50
+    """k, the optimizer steps between decisions"""
+    groups: int | None = None
+    """number of groups of a static pattern that needs one"""
+    owners: str | None = None
+    """the pattern of --policy fixed, such as 0,0,2,2"""
+    source: str | None = None
+    """the run whose last pattern is fixed, or whose decisions are recorded"""
+    permute: int | None = None
+    """seed of a permutation of the layers, to which what was recorded is applied"""
+    activate_at: float | None = None
+    """share of the run that a static pattern waits, all layers being independent"""
+    sharing: Literal["tied", "frozen"] = "tied"
+    """what becomes of a layer that is not independent; frozen: it keeps its own weights"""
+    gradient: Literal["sum", "owner"] = "sum"
+    """whose gradient a shared weight gets"""
+    moments: Literal["copy", "fresh"] = "copy"
+    """optimizer state of a newly independent layer"""
+    initial: StartName = ""
+    """what a deciding policy starts from: a pattern (with --groups, if it needs a number); frozen:
+    all tied in name, but not yet in memory (default: dqn and random: all; bandit: sandwich)"""
+    shared_init: Literal["", "plain", "damped"] = ""
+    """initial weights of shared layers; damped: what a layer adds to the residual stream is divided
+    by the number of its uses (default: plain; bandit: damped; --from: as there)"""
+    settle: float | None = None
+    """share of the run, at its end, without decisions (default: 0; bandit: 0.5)"""
+    layer_price: float | None = None
+    """what an independent layer has to be worth to the bandit, in nats (default: their number stays
+    what it is at the start)"""
+    budget_layers: int | None = None
+    """the most layers that may ever be independent"""
+    budget_parameters: int | None = None
+    """the most parameters the model may ever have"""
+    budget_bytes: int | None = None
+    """the largest size of the model's compact export, in bytes and in --export-dtype"""
+    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """type of the weights in an export (default: as trained)"""
+    reward: Literal["", "log-perplexity", "perplexity", "accuracy", "training-loss"] = ""
+    """what the agent maximises: minus the (log-)perplexity of a training batch, or accuracy;
+    training-loss: minus the mean loss of the steps since the last decision (default:
+    log-perplexity; family vit: perplexity; bandit: training-loss)"""
+    inherit: Literal["", "first", "majority"] = hidden("")
+    tyings: tuple[str, ...] = hidden(())
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        budget = ("budget_layers", "budget_parameters", "budget_bytes")
+        check_at_least(self, 1, ("every", "groups", *budget))
+        check_at_least(self, 0, ("permute",))
+        check_finite(self, ("layer_price",))
+        check_shares(self, ("settle",))
+        if self.activate_at is not None and not 0 <= self.activate_at < 1:
+            raise InputError(f"activate_at is at least 0 and below 1, got {self.activate_at}")
+        self._check_what_goes_with_the_policy()
+        if self.has_budget and self.freezes:
+            raise InputError(
+                "a budget does not go with sharing or initial frozen: all layers are in memory"
+            )
+        if self.shared_init == "damped" and self.freezes:
+            raise InputError(
+                "shared_init damped is for weights that are shared from the start: "
+                "it does not go with frozen layers"
+            )
+
+    def _check_what_goes_with_the_policy(self) -> None:
+        ties_statically = self.policy in ("fixed", *PATTERNS) and self.policy != "none"
+        if self.owners is not None and self.policy != "fixed":
+            raise InputError(f"owners: --owners goes with policy fixed, not with {self.policy}")
+        if self.permute is not None and self.policy != "recorded":
+            raise InputError(f"permute goes with policy recorded, not with {self.policy}")
+        if self.layer_price is not None and self.policy != "bandit":
+            raise InputError(f"layer_price goes with policy bandit, not with {self.policy}")
+        if self.activate_at is not None and not ties_statically:
+            raise InputError(
+                f"activate_at goes with a static pattern that ties, not with policy {self.policy}"
+            )
+        if self.policy == "fixed" and (self.owners is None) == (self.source is None):
+            raise InputError("policy fixed needs one of --owners, such as 0,0,2,2, and --from RUN")
+
+    def check_source(self, for_task: bool) -> None:
+        """Raise an InputError if the policy does not go with what ``--from`` names.
+
+        Args:
+            for_task: whether that run is fine-tuned, which any policy may do.
+        """
+        if for_task:
+            return
+        if self.policy == "recorded" and not self.source:
+            raise InputError("policy recorded needs --from RUN, the run to replay")
+        if self.source and self.policy not in ("recorded", "fixed"):
+            raise InputError(f"source: --from does not go with policy {self.policy}")
+
+    def check_every(self, num_steps: int) -> None:
+        """Raise an InputError if a policy would decide once only in a run of so many steps."""
+        if self.decides and self.every > num_steps:
+            raise InputError(
+                f"every {self.every} is more than the {num_steps} steps of the run: "
+                f"the policy would decide only once; take a smaller --every or more steps"
+            )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the tying may change while the model trains."""
+        return self.policy in (*DECIDING, "recorded") or self.activate_at is not None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the size of the model is limited."""
+        limits = (self.budget_layers, self.budget_parameters, self.budget_bytes)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a layer that is not independent may be frozen instead of tied."""
+        starts_frozen = self.policy in DECIDING and self.initial == "frozen"
+        return self.sharing == "frozen" or starts_frozen
