@@ -33,7 +33,9 @@ from layer_tying.runs.summary import environment
 # Each line, and the line of train.py that it follows.
 LINES = {
     "from layer_tying import DynamicTying": "from model import GPTConfig, GPT",
-    "tying = DynamicTying(model, optimizer, every=50)": "checkpoint = None # free up memory",
+    "tying = DynamicTying(model, optimizer, policy='dqn', every=50)": (
+        "checkpoint = None # free up memory"
+    ),
     "    tying.step(reward=lambda: -float(estimate_loss()['train']))": (
         "    optimizer.zero_grad(set_to_none=True)"
     ),
