@@ -15,26 +15,27 @@ an hour on two such cores, an hour on one.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
+from layer_tying.paper.reproduce import as_asked, jobs_of, train_rows
 from layer_tying.paper.results import (
     is_done,
-    reason_of,
     reasons_so_far,
     results_of,
+    without_place,
     write_results,
 )
-from layer_tying.paper.rows import recipes, runs_first
+from layer_tying.paper.rows import recipes
 from layer_tying.report.results import results_page
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.processes import Ended, Job
 
 SCALE = "small"
 MOST_PROCESSES = 2
+INTERRUPTED = 130  # exit code
 REPOSITORY = Path(__file__).resolve().parent.parent
 Rows = dict[str, TrainConfig]
 
@@ -42,42 +43,27 @@ Rows = dict[str, TrainConfig]
 def main() -> int:
     options = arguments()
     rows = recipes(SCALE, options.output_dir)
-    unknown = [name for name in options.rows if name not in rows]
-    if unknown:
-        print(f"unknown row {unknown[0]}: see layer-tying recipe --list", file=sys.stderr)
-        return 2
-    chosen = options.rows or list(rows)
-    waiting = [name for name in chosen if not is_done(rows[name])]
-    print(f"{len(chosen)} rows, {len(chosen) - len(waiting)} of them done")
+    asked = {name: as_asked(row, options.data_dir, options.max_steps) for name, row in rows.items()}
     reasons = reasons_so_far(options.results)
-    write(rows, reasons, options)
-    return train_rows(rows, waiting, reasons, options)
 
+    def on_end(job: Job, ended: Ended) -> None:
+        if ended.code == INTERRUPTED:
+            return
+        if ended.code:
+            reasons[job.name] = without_place(ended.reason, options.data_dir)
+        print(f"{job.name}: {reasons[job.name] if ended.code else 'done'}", flush=True)
+        write(rows, reasons, options)
 
-def train_rows(
-    rows: Rows, waiting: list[str], reasons: dict[str, str], options: argparse.Namespace
-) -> int:
-    """Train what waits, each row after the one that it starts from; the exit code."""
-    running: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        while waiting or running:
-            for name in list(waiting):
-                is_ready = runs_first(rows[name]) not in (*waiting, *running)
-                if is_ready and len(running) < options.processes:
-                    waiting.remove(name)
-                    running[name] = start(name, rows[name], options)
-            time.sleep(1)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                failed = running.pop(name).returncode != 0
-                if failed:
-                    reasons[name] = reason_of(log_of(name, rows[name]), options.data_dir)
-                outcome = reasons[name] if failed else "done"
-                print(f"{name}: {outcome}; {len(waiting)} left", flush=True)
-                write(rows, reasons, options)
-    except KeyboardInterrupt:  # the rows got it too
-        for process in running.values():
-            process.wait()
-        return 130
+        jobs = jobs_of(asked, options.rows or list(rows))
+        print(f"{len(jobs)} rows, {sum(is_done(job.config) for job in jobs)} of them done")
+        write(rows, reasons, options)
+        train_rows(jobs, options.processes, Path(options.output_dir), on_end)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -93,26 +79,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs/results.md")
     return parser.parse_args()
-
-
-def start(name: str, row: TrainConfig, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """Train a row in a process of one thread, from where it stopped if it did."""
-    command = [sys.executable, "-m", "layer_tying", "recipe", name, "--scale", SCALE]
-    command += ["--output-dir", options.output_dir]
-    for flag, value in (("--data-dir", options.data_dir), ("--max-steps", options.max_steps)):
-        command += [flag, str(value)] if value else []
-    if any(row.folder.glob("checkpoints/step-*")):
-        command.append("--resume")
-    elif (row.folder / "config.json").exists():
-        command.append("--overwrite")  # it was stopped before it saved anything
-    log_of(name, row).parent.mkdir(parents=True, exist_ok=True)
-    with log_of(name, row).open("wb") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def log_of(name: str, row: TrainConfig) -> Path:
-    return row.folder.with_name(f"{name}.log")
 
 
 def write(rows: Rows, reasons: dict[str, str], options: argparse.Namespace) -> None:

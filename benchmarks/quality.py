@@ -19,20 +19,14 @@ that what was done counts when it is stopped; docs/quality.md and its pictures f
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from quality_page import write_page
 from quality_rows import best_rate
 
@@ -40,7 +34,7 @@ from layer_tying.data.texts import load_texts
 from layer_tying.errors import InputError
 from layer_tying.paper.results import processor
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.train import Interrupted, train
+from layer_tying.runs.processes import Ended, Job, train_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
@@ -50,6 +44,7 @@ REGIMES = {  # characters of the training text; a run reads 410,000 tokens, of `
     "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
     "gpt2": {"pydocs": 2_000_000, "shake": 2_000_000, "wiki2": 8_000_000},
 }
+INTERRUPTED = 130  # exit code
 HELD_OUT = 48_000  # characters of validation, and of test
 RATES = (2e-3, 4e-3)
 SHAPE: dict[str, Any] = {
@@ -92,18 +87,17 @@ NAMES = ("set", "regime", "contestant", "lr", "seed")  # what tells runs apart
 
 def main() -> int:
     options = arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     try:
         first, *others = options.seeds
         settings = list(product(options.sets, options.regimes, options.methods))
-        train_all([(*each, rate, first) for each in settings for rate in options.rates], options)
+        train_runs([(*each, rate, first) for each in settings for rate in options.rates], options)
         rows = collect(options)
         rates = {each: best_rate(rows, *each) for each in settings}
-        train_all([(*each, rates[each], seed) for seed in others for each in settings], options)
+        train_runs([(*each, rates[each], seed) for seed in others for each in settings], options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except InputError as error:  # a text that is not there
+        return INTERRUPTED
+    except InputError as error:  # a text that is not there, or a run that failed
         print(error, file=sys.stderr)
         return 2
     finally:
@@ -113,38 +107,28 @@ def main() -> int:
     return 0
 
 
-def train_all(runs: Iterable[Run], options: argparse.Namespace) -> None:
+def train_runs(runs: Iterable[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, at most two at a time."""
     known = known_runs(rows_so_far(options))
     left = [run for run in runs if run not in known and not has_ended(run, options)]
     for text, regime, *_ in left:
         cut(text, regime, options.folder)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
-        waiting = {pool.submit(train_one, config_of(run, options)): run for run in left}
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                report(waiting[done], options)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    jobs = [Job(config_of(run, options), " ".join(map(str, run))) for run in left]
+
+    def on_end(job: Job, ended: Ended) -> None:
+        if ended.code not in (0, INTERRUPTED):
+            raise InputError(f"{job.name}: {ended.reason}")
+        if not ended.code:
+            report(job, options)
+
+    logs = options.folder / "logs"
+    train_all(jobs, options.processes, threads=1, on_end=on_end, overwrite=True, logs=logs)
 
 
-def train_one(config: TrainConfig) -> None:
-    """One run, in a process of the pool."""
-    torch._dynamo.reset()  # compiled layers of other shapes would count against its limit
-    with redirect_stderr(io.StringIO()):  # progress bars
-        try:
-            train(config, overwrite=True)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-
-
-def report(run: Run, options: argparse.Namespace) -> None:
-    folder = config_of(run, options).folder
+def report(job: Job, options: argparse.Namespace) -> None:
+    folder = job.config.folder
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    print(*run, f"{summary['validation_perplexity']:.4f}", flush=True)
+    print(job.name, f"{summary['validation_perplexity']:.4f}", flush=True)
     shutil.rmtree(folder / "checkpoints")
     collect(options)
 

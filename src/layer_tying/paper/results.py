@@ -14,7 +14,8 @@ from layer_tying.files import write_text_whole
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.reading import read_run
 
-PLACES = ("data_dir", "output_dir", "source")  # settings that are of one machine
+# Settings of one machine, and what was settled from them.
+LEFT_OUT = ("data_dir", "output_dir", "source", "settled", "tyings")
 
 
 def is_done(row: TrainConfig) -> bool:
@@ -49,10 +50,10 @@ def entry(name: str, row: TrainConfig, scale: str) -> dict[str, Any]:
     """A finished row's figures, with all that it takes to measure them again."""
     run = read_run(row.folder)
     summary = dict(run.summary or {})
-    settings = {key: value for key, value in run.settings.items() if key not in PLACES}
+    settings = {key: value for key, value in run.settings.items() if key not in LEFT_OUT}
     asked = row.optimization.max_steps
     command = f"OMP_NUM_THREADS=1 layer-tying recipe {name} --scale {scale}"
-    if "max_steps" not in settings["settled"] and settings["max_steps"] != asked:
+    if "max_steps" not in run.setting("settled", ()) and settings["max_steps"] != asked:
         command += f" --max-steps {settings['max_steps']}"
     return {
         "row": name,
@@ -65,10 +66,8 @@ def entry(name: str, row: TrainConfig, scale: str) -> dict[str, Any]:
     }
 
 
-def reason_of(log: Path, data_dir: str | None) -> str:
-    """The last line of a failed row's output, without this machine's data folder."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = lines[-1].removeprefix("layer-tying: ") if lines else "no output"
+def without_place(reason: str, data_dir: str | None) -> str:
+    """Why a row failed, without this machine's data folder."""
     folder = data_dir or os.environ.get(ENVIRONMENT)
     return reason.replace(folder, f"${ENVIRONMENT}") if folder else reason
 

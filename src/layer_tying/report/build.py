@@ -278,7 +278,8 @@ def _common_configuration(groups: list[RunGroup]) -> dict[str, object]:
     return {
         key: value
         for key, value in configs[0].items()
-        if key not in REPETITION_KEYS and all(other.get(key) == value for other in configs)
+        if key not in (*REPETITION_KEYS, "tyings")
+        and all(other.get(key) == value for other in configs)
     }
 
 

@@ -14,7 +14,7 @@ from layer_tying.runs.reading import Run, as_number
 
 # What may differ between two runs of one group: the seed, where things lie, what is reported.
 REPETITION_KEYS = (
-    "seed", "exp", "output_dir", "data_dir", "resume", "log_every", "log_with", "save_every",
+    "seed", "exp", "output_dir", "data_dir", "log_every", "log_with", "save_every", "settled",
 )  # fmt: skip
 TITLE_KEYS = ("family", "dataset", "nlayers")  # named in a label without the setting's name
 # What two runs must have in common before one is measured against the other.
@@ -167,7 +167,7 @@ def _label(run: Run, runs: Sequence[Run]) -> str:
     telling += [
         f"{key}={_short(value)}"
         for key, value in run.settings.items()
-        if key not in (*REPETITION_KEYS, *TITLE_KEYS) and differs(key, same_policy)
+        if key not in (*REPETITION_KEYS, *TITLE_KEYS, "tyings") and differs(key, same_policy)
     ]
     policy = "conventional" if run.is_conventional else run.policy
     return " · ".join([policy, *telling])
