@@ -27,6 +27,7 @@ from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import Options, TiedLayers
 from layer_tying.core.tying import Rules, Tying
+from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
 from layer_tying.policies import make_policy
@@ -97,7 +98,7 @@ class DynamicTying:
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        distributed.refuse_sharded(model.parameters())
+        refuse_sharded(model)
         policy = make_policy(policy, seed=seed) if isinstance(policy, str) else policy
         options.setdefault("inherit", policy.inherit)
         if initial is None and policy.residual_scaling:

@@ -164,13 +164,9 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def refuse_sharded(parameters: Iterable[nn.Parameter]) -> None:
-    """Raise an InputError if FSDP2, or whatever else makes DTensors, has sharded parameters."""
-    if any(is_sharded(parameter) for parameter in parameters):
-        raise InputError(
-            "the model is sharded, and its tying cannot change any more: FSDP settles which layers "
-            "share weights. Tie the layers first, keep that tying, and shard last"
-        )
+def held_here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its rows of a sharded one, else all of it."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from torch import nn
 from torch.optim import Optimizer
 
-from layer_tying.core.distributed import refuse_sharded
+from layer_tying.core.distributed import held_here, is_sharded
 from layer_tying.core.find import LayerStack, find_layers
 from layer_tying.core.mixtures import Mixtures, coefficient_group
 from layer_tying.core.optimizer_state import OptimizerState
@@ -25,7 +25,13 @@ from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
 from layer_tying.core.tying import Rules, Tying, storage_sources
 from layer_tying.core.tying_settings import remember_settings, settings_of
-from layer_tying.core.weight_access import read_as_they_are, read_detached, scale_output
+from layer_tying.core.weight_access import (
+    read_as_they_are,
+    read_detached,
+    refuse_sharded,
+    scale_output,
+    store,
+)
 from layer_tying.errors import InputError, InvariantError
 
 if TYPE_CHECKING:
@@ -133,7 +139,7 @@ class TiedLayers:
             raise InputError(
                 f"the tying {self.tying} cannot change: the layers mix the shared weights"
             )
-        refuse_sharded(self._owned().values())
+        refuse_sharded(self.stack.model)
         if self._tying_in_storage() != self.tying:
             raise InputError(
                 "the layers' weights were exchanged by something else since they were last tied: "
@@ -164,6 +170,8 @@ class TiedLayers:
             InputError: if there are fewer than two independent layers, or the layers differ.
         """
         if self.mixtures is None:
+            if any(is_sharded(p) for p in self._owned().values()):
+                raise InputError("the weights of a sharded model cannot be mixed: replicate it")
             self.mixtures = Mixtures(self.stack, self.tying)
             for optimizer in self.optimizers[:1]:
                 rate = optimizer.param_groups[0]["lr"]
@@ -184,7 +192,8 @@ class TiedLayers:
         if stored != self.tying:
             raise InvariantError(f"the tying is {self.tying}, but the layers share as {stored}")
         owned = self._owned()
-        addresses = {id(p): p.data_ptr() for p in owned.values() if p.numel() and not p.is_meta}
+        held = {id(p): held_here(p) for p in owned.values()}
+        addresses = {i: p.data_ptr() for i, p in held.items() if p.numel() and not p.is_meta}
         if len(set(addresses.values())) != len(addresses):
             raise InvariantError("two parameters of independent layers share memory")
         live = {id(p) for p in self.stack.model.parameters()}
@@ -216,8 +225,8 @@ class TiedLayers:
         return tying
 
     def _point(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, (module, attribute) in self.stack.slots[layer].items():
-            setattr(module, attribute, parameters[name])  # recurrent networks take note of it
+        for name, slot in self.stack.slots[layer].items():
+            store(slot, parameters[name])
 
     def _copy(self, parameters: Parameters) -> Parameters:
         """New parameters of equal values, one for each distinct one, with their state."""

@@ -1,4 +1,4 @@
-"""How a layer reads the weights that it shares: as they are, without gradient, mixed, or scaled.
+"""How a layer reads the weights that it shares: as they are, detached, mixed, gathered, or scaled.
 
 A layer reads a weight by ``module.weight``. To change what it reads, the module's class is
 exchanged for a subclass in which the weight is a property, as ``torch.nn.utils.parametrize`` does.
@@ -13,6 +13,8 @@ A weight can be read in one of these ways (``READERS``), and what a module retur
   and computes none, while the gradient of the activations flows on (gradient mode ``"owner"``,
   which is what the published code does: its tied copies are frozen).
 - *mixed*: a layer reads a combination of several stored weights (see ``mixtures.py``).
+- *gathered*: a sharded weight is gathered from all processes, and freed after use (see
+  ``gather.py``); *gathered, detached* likewise, without gradient.
 - *scaled*: what a module returns is multiplied by a factor (1/n residual scaling), by a forward
   hook, since torch's ``TransformerEncoderLayer`` skips the forward of its parts in inference unless
   they have hooks. The factor is a tensor, so that compiled layers are not compiled again when it
@@ -28,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_tying.core.distributed import is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
+from layer_tying.core.gather import gather
 from layer_tying.core.mix import mix
 from layer_tying.errors import InputError
 
@@ -41,9 +45,13 @@ Ways = tuple[tuple[str, str], ...]  # attribute -> way of reading, for those not
 def read_as_they_are(modules: Iterable[nn.Module]) -> None:
     """Let modules read their weights, and return their outputs, as their own classes do."""
     for module in modules:
+        gathered = tuple((attribute, GATHERED) for attribute in _gathered_by(module))
         module.__class__ = _plain_class.get(type(module), type(module))
         module.__dict__.pop(SETS, None)
-        if module.__dict__.pop(FACTOR, None) is not None:
+        is_scaled = module.__dict__.pop(FACTOR, None) is not None
+        if gathered:
+            _exchange(module, gathered)
+        if is_scaled:
             hooks = module._forward_hooks
             for key in [key for key, hook in hooks.items() if hook is _scaled]:
                 del hooks[key]
@@ -52,7 +60,26 @@ def read_as_they_are(modules: Iterable[nn.Module]) -> None:
 def read_detached(slots: Iterable[Slot]) -> None:
     """Let modules read these of their weights without gradient."""
     for module, attribute in slots:
-        _read(module, attribute, "detached")
+        is_gathered = attribute in _gathered_by(module)
+        _read(module, attribute, GATHERED_DETACHED if is_gathered else "detached")
+
+
+def read_gathered(module: nn.Module, attribute: str) -> None:
+    """Let a module gather this weight, which is a DTensor, where it reads it; for good."""
+    _read(module, attribute, GATHERED)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise an InputError if weights are sharded that no layer gathers: FSDP2 does that."""
+    for module in model.modules():
+        gathered = _gathered_by(module)
+        for name, weight in module._parameters.items():
+            if weight is not None and name not in gathered and is_sharded(weight):
+                raise InputError(
+                    "the model is sharded by FSDP, which settles which layers share weights: its "
+                    "tying cannot change any more. Shard it with layer_tying.shard_tied_layers, or "
+                    "tie the layers first, keep that tying, and shard last"
+                )
 
 
 def read_mixed(module: nn.Module, attribute: str, sets: Sequence[Slot]) -> None:
@@ -88,6 +115,15 @@ def stored(slot: Slot) -> nn.Parameter:
     return parameter
 
 
+def store(slot: Slot, parameter: nn.Parameter) -> None:
+    """Put a parameter into a slot, without reading what is there."""
+    module, attribute = slot
+    if attribute in _gathered_by(module):
+        module._parameters[attribute] = parameter  # torch would read it first, and thus gather it
+    else:
+        setattr(module, attribute, parameter)  # recurrent networks take note of it
+
+
 def weights_as_read(stack: LayerStack) -> dict[str, Tensor]:
     """What each layer computes with, by names in the model: mixed, and multiplied by the factor.
 
@@ -120,11 +156,30 @@ def _mixed(module: nn.Module, attribute: str) -> Tensor:
     return mix(coefficients, *(stored(slot) for slot in module.__dict__[SETS][attribute]))
 
 
-READERS: dict[str, Callable[[nn.Module, str], Tensor]] = {"detached": _detached, "mixed": _mixed}
+def _gathered(module: nn.Module, attribute: str) -> Tensor:
+    return gather(stored((module, attribute)), module)
+
+
+def _gathered_detached(module: nn.Module, attribute: str) -> Tensor:
+    return gather(stored((module, attribute)).detach(), module)
+
+
+GATHERED, GATHERED_DETACHED = "gathered", "gathered, detached"
+READERS: dict[str, Callable[[nn.Module, str], Tensor]] = {
+    "detached": _detached,
+    "mixed": _mixed,
+    GATHERED: _gathered,
+    GATHERED_DETACHED: _gathered_detached,
+}
 
 
 def _read(module: nn.Module, attribute: str, way: str) -> None:
     _exchange(module, tuple(sorted({**dict(_ways(module)), attribute: way}.items())))
+
+
+def _gathered_by(module: nn.Module) -> list[str]:
+    """The attributes that a module gathers."""
+    return [name for name, way in _ways(module) if way in (GATHERED, GATHERED_DETACHED)]
 
 
 def _ways(module: nn.Module) -> Ways:

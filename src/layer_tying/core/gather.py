@@ -1,0 +1,145 @@
+"""Reading a sharded weight: it is gathered where it is read and freed after use.
+
+A sharded weight is a DTensor, of which each process holds some rows. Reading it gathers all of
+them; the backward pass adds up the gradients of all processes and leaves each its own rows (a
+reduce-scatter), as their mean. Autograd saves what a layer was computed with until the backward
+pass needs it: for gathered weights it keeps no more than where they came from, and they are
+gathered again.
+
+Under autocast, matrices are gathered in its type (embeddings, which autocast leaves alone, are
+not), and gradients are added up in the type of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from layer_tying.core.distributed import others_may_be_lost
+
+SOURCE = "_gathered_from"  # of a gathered weight: the function that gathers it
+
+
+def gather(sharded: Tensor, module: nn.Module | None = None) -> Tensor:
+    """The whole of a sharded weight; differentiable.
+
+    Args:
+        sharded: a DTensor over a mesh of one dimension, in rows or replicated.
+        module: the module that reads it; None for what autocast never casts.
+    """
+    full = _Gather.apply(sharded, _type_to_read(sharded, module))
+    return full  # type: ignore[return-value]
+
+
+def _type_to_read(weight: Tensor, module: nn.Module | None) -> torch.dtype:
+    device = weight.device.type
+    is_cast = torch.is_autocast_enabled(device) and weight.ndim > 1 and weight.is_floating_point()
+    if not is_cast or module is None or isinstance(module, nn.Embedding):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sharded: Any, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.sharded_as = (sharded.device_mesh, sharded.placements, sharded.shape, sharded.stride())
+        ctx.dtype = sharded.dtype
+
+        def whole() -> Tensor:
+            return _whole(sharded, dtype)
+
+        full = whole()
+        setattr(full, SOURCE, whole)
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements, shape, stride = ctx.sharded_as
+        group = mesh.get_group()
+        mean = gradient.to(ctx.dtype) / mesh.size()
+        with others_may_be_lost():
+            if placements[0].is_shard():
+                mean = _my_rows_of_sum(mean, group)
+            else:
+                dist.all_reduce(mean, group=group)
+        local = DTensor.from_local(
+            mean, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+        return local, None
+
+
+def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:
+    local = sharded._local_tensor.detach().to(dtype)
+    if not sharded.placements[0].is_shard():
+        return local.clone()
+    group = sharded.device_mesh.get_group()
+    num_rows, *rest = sharded.shape
+    padded = _padded(local, _rows_each(num_rows, group))
+    gathered = padded.new_empty(len(padded) * dist.get_world_size(group), *rest)
+    with others_may_be_lost():
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+    return gathered if len(gathered) == num_rows else gathered[:num_rows].clone()
+
+
+def _my_rows_of_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Of the sum over all processes, the rows that this one holds."""
+    num_rows, world = len(tensor), dist.get_world_size(group)
+    each = _rows_each(num_rows, group)
+    mine = tensor.new_empty(each, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(mine, _padded(tensor.contiguous(), each * world), group=group)
+    start = min(each * dist.get_rank(group), num_rows)
+    return mine[: min(each, num_rows - start)]
+
+
+def _rows_each(num_rows: int, group: dist.ProcessGroup) -> int:
+    """The most rows that a process holds; the last ones may hold fewer, or none."""
+    return -(-num_rows // dist.get_world_size(group))
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    if len(rows) == length:
+        return rows.contiguous()
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
+
+
+def free_after_use(model: nn.Module) -> None:
+    """While the model runs, let autograd save no gathered weight, but gather it again."""
+    entered: list[saved_tensors_hooks] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(saved_tensors_hooks(_pack, _unpack))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        if entered:
+            entered.pop().__exit__()
+
+    model.register_forward_pre_hook(enter, prepend=True)
+    model.register_forward_hook(leave, always_call=True)
+
+
+Packed = Tensor | tuple[Callable[[], Tensor], tuple[Any, ...]]
+
+
+def _pack(tensor: Tensor) -> Packed:
+    base = tensor if tensor._base is None else tensor._base
+    source = getattr(base, SOURCE, None)
+    if source is None:
+        return tensor
+    return source, (tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _unpack(packed: Packed) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    source, view = packed
+    return source().as_strided(*view)
