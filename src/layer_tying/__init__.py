@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from layer_tying.runs.train import train
     from layer_tying.saving.export import export_compact, export_expanded
     from layer_tying.saving.load import load
+    from layer_tying.saving.sharded import load_sharded, save_sharded
 
 __all__ = [
     "DQN",
@@ -46,8 +47,10 @@ __all__ = [
     "export_expanded",
     "find_layers",
     "load",
+    "load_sharded",
     "max_independent",
     "pattern",
+    "save_sharded",
     "shard_tied_layers",
     "tie",
     "train",
@@ -74,8 +77,10 @@ _HOME = {
     "export_expanded": "saving.export",
     "find_layers": "core.find",
     "load": "saving.load",
+    "load_sharded": "saving.sharded",
     "max_independent": "core.budget",
     "pattern": "core.patterns",
+    "save_sharded": "saving.sharded",
     "shard_tied_layers": "core.sharding",
     "tie": "core.tied_layers",
     "train": "runs.train",

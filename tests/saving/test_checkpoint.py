@@ -290,7 +290,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, interruption)
     def fail(*arguments):
         raise interruption
 
-    monkeypatch.setattr(checkpoint, "_replace", fail)
+    monkeypatch.setattr(checkpoint, "replace_folder", fail)
     with pytest.raises((KeyboardInterrupt, InputError)):
         save(tmp_path, step=8)
     assert list(tmp_path.iterdir()) == [before]

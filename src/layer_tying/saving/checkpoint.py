@@ -69,7 +69,7 @@ class Checkpoint:
     def training_state(self) -> Any:
         """The tree of tensors and JSON-able values that was saved beside the weights."""
         state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        return _join(state["training"], load_file(self.folder / TRAINING))
+        return join_tree(state["training"], load_file(self.folder / TRAINING))
 
 
 def save_checkpoint(
@@ -98,7 +98,7 @@ def save_checkpoint(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     tensors: dict[str, Tensor] = {}
-    tree = _split(training, tensors, "")
+    tree = split_tree(training, tensors, "")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -121,7 +121,7 @@ def save_checkpoint(
         (temporary / SUMS).write_text(sums, encoding="ascii")
         for file in (*temporary.iterdir(), temporary):
             _sync(file)
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"cannot write the checkpoint {folder}: {error}; checkpoints before it are whole"
@@ -271,7 +271,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _split(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """The tree as JSON-able values, its tensors put aside under their paths.
 
     Dictionaries become lists of pairs, since an optimizer's keys are integers.
@@ -282,20 +282,21 @@ def _split(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
         tensors[path] = tree.detach().clone().contiguous()
         return {"tensor": path}
     if isinstance(tree, Mapping):
-        return {"pairs": [[k, _split(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
+        return {"pairs": [[k, split_tree(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)):
-        return {"list": [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
+        return {"list": [split_tree(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
     return {"value": tree}
 
 
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def join_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that ``split_tree`` took apart."""
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "pairs":
-        return {key: _join(value, tensors) for key, value in content}
+        return {key: join_tree(value, tensors) for key, value in content}
     if kind == "list":
-        return [_join(value, tensors) for value in content]
+        return [join_tree(value, tensors) for value in content]
     return content
 
 
@@ -327,7 +328,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(temporary: Path, folder: Path) -> None:
+def replace_folder(temporary: Path, folder: Path) -> None:
     """Rename a folder into place; an older one of that name goes away after, not before."""
     at("checkpoint")
     old = folder.with_name(f".{folder.name}.old")
