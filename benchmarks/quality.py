@@ -12,7 +12,7 @@ one that was stopped begins anew. After every run benchmarks/results/quality.jso
 that what was done counts when it is stopped; docs/quality.md and its pictures follow at the end.
 
     python benchmarks/quality.py                                 # all: some 4 hours of two threads
-    python benchmarks/quality.py --sets pydocs --regimes one-pass --methods sandwich-3 bandit-3
+    python benchmarks/quality.py --sets pydocs --regimes single-epoch --methods sandwich-3 bandit-3
     python benchmarks/quality.py --sets pydocs --regimes gpt2 --methods conventional bandit-3
 """
 
@@ -40,8 +40,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
 SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
 REGIMES = {  # characters of the training text; a run reads 410,000 tokens, of `gpt2` 2 million
-    "one-pass": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
-    "many-pass": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
+    "single-epoch": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
+    "multi-epoch": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
     "gpt2": {"pydocs": 2_000_000, "shake": 2_000_000, "wiki2": 8_000_000},
 }
 INTERRUPTED = 130  # exit code
@@ -58,7 +58,7 @@ OTHER_SHAPES: dict[str, dict[str, Any]] = {  # of a regime
         **{"max_steps": 1000, "eval_every": 100, "save_every": 1000, "log_every": 100},
     }
 }
-DAMPED = {"shared_init": "damped"}
+SCALED = {"shared_init": "damped"}
 METHODS: dict[str, dict[str, Any]] = {
     "conventional": {"policy": "none"},
     **{f"conventional, {m} layers": {"policy": "none", "nlayers": m} for m in (2, 3, 4)},
@@ -74,15 +74,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "dqn": {"policy": "dqn"},
     **{f"bandit-{m}": {"policy": "bandit", "budget_layers": m} for m in (2, 3, 4)},
     "bandit, priced": {"policy": "bandit", "layer_price": 0.02},
-    # What the damped start alone is worth, without the bandit's decisions.
-    **{f"sandwich-{m}, damped": {"policy": "sandwich", "groups": m} | DAMPED for m in (2, 3, 4)},
-    "random, damped": {"policy": "random", "settle": 0.5, "initial": "sandwich", "groups": 3}
+    # What the scaled initial weights alone are worth, without the bandit's decisions.
+    **{f"sandwich-{m}, 1/n": {"policy": "sandwich", "groups": m} | SCALED for m in (2, 3, 4)},
+    "random, 1/n": {"policy": "random", "settle": 0.5, "initial": "sandwich", "groups": 3}
     | {"budget_layers": 3}
-    | DAMPED,
-    "dqn, damped": {"policy": "dqn"} | DAMPED,
+    | SCALED,
+    "dqn, 1/n": {"policy": "dqn"} | SCALED,
 }
 Run = tuple[str, str, str, float, int]
-NAMES = ("set", "regime", "contestant", "lr", "seed")  # what tells runs apart
+NAMES = ("set", "regime", "method", "lr", "seed")  # what tells runs apart
 
 
 def main() -> int:
@@ -149,8 +149,8 @@ def arguments() -> argparse.Namespace:
 
 
 def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
-    text, regime, contestant, rate, seed = run
-    name = contestant.replace(", ", "-").replace(" ", "-")
+    text, regime, method, rate, seed = run
+    name = method.replace(", ", "-").replace(" ", "-").replace("/", "-")
     settings = shape_of(regime) | {
         "dataset": str(options.folder / "data" / f"{text}-{regime}"),
         "tokenizer": SETS[text],
@@ -162,7 +162,7 @@ def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     }
     if options.max_steps:
         settings["max_steps"] = options.max_steps
-    return TrainConfig.from_flat(**(settings | METHODS[contestant]))
+    return TrainConfig.from_flat(**(settings | METHODS[method]))
 
 
 def shape_of(regime: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from quality_opening import what_holds
 from quality_pictures import draw_front, draw_panels, draw_patterns
 from quality_rows import (
     FIXED,
     Groups,
     Row,
     at_best_rate,
+    best_fixed,
     common_seeds,
     front_of,
     mean,
@@ -24,7 +26,7 @@ from layer_tying.report.markdown import markdown_table
 
 
 def write_page(results: Row, folder: Path) -> None:
-    """The page and its pictures, into a folder of documentation."""
+    """Write the page and its pictures into a folder of documentation."""
     rows = results["rows"]
     regimes = list(results["settings"])
     settings = sorted(
@@ -36,10 +38,14 @@ def write_page(results: Row, folder: Path) -> None:
     for name, draw in (("front", draw_front), ("patterns", draw_patterns)):
         figure = draw_panels(rows, settings, draw)
         figure.savefig(folder / "images" / f"quality-{name}.png", dpi=150)
-    parts = ["# Quality", *_introduction(results), _VERDICTS, _verdicts(rows, settings)]
-    parts += [_AIMS, *_PICTURES]
-    for text, regime in settings:
-        parts += [f"## {text}, {regime}", _table(at_best_rate(rows, text, regime))]
+    columns = [(at_best_rate(rows, text, regime), regime) for text, regime in settings]
+    heads = [f"{text}, {regime}" for text, regime in settings]
+    parts = ["# Quality", what_holds([groups for groups, _ in columns]), *_FRONT]
+    parts += ["## How it was measured", *_introduction(results)]
+    parts += ["## The bandit compared with other methods", _COMPARED, _compared(heads, columns)]
+    parts += [_TARGETS, "## Patterns of equal size", *_PATTERNS]
+    for head, (groups, _) in zip(heads, columns, strict=True):
+        parts += [f"## {head}", _table(groups)]
     page = "\n\n".join(parts) + "\n"
     (folder / "quality.md").write_text(page, encoding="utf-8")
 
@@ -54,18 +60,18 @@ def _introduction(results: Row) -> list[str]:
     machine = sorted({r["hardware"]["processor"] for r in rows})
     versions = sorted({f"torch {r['versions']['torch']}" for r in rows})
     return [
-        f"Which way of choosing what is shared trains the best model of a given size, with equal "
-        f"data, order and seeds ({trained}). Each method had the same learning rates to "
-        f"choose from, on validation with the first seed. Written by `make bench-quality` from "
-        f"`benchmarks/results/quality.json`: {len(rows)} runs of one thread, "
+        f"All methods train on the same data in the same order with the same seeds ({trained}). "
+        f"The learning rate of each method was chosen from the same values, by the validation "
+        f"perplexity of the first seed. `make bench-quality` writes this page from "
+        f"`benchmarks/results/quality.json`: {len(rows)} runs with one thread each, "
         f"{', '.join(machine)}, {', '.join(versions)}.",
-        "Perplexity is per token of the test text, at the weights that were best on validation; "
-        "with several seeds the mean and the standard deviation; the rise after it is that of the "
-        "validation perplexity from its best to the end of training. `bandit-M` starts from "
-        "`sandwich-M` with 1/n residual scaling and keeps M independent layers; `bandit, priced` "
-        "begins and ends groups as it likes. The runs are short: they compare the methods "
-        "with each other, at this size and length. Where there is one seed only, a few per cent "
-        "may be chance; what was tried on the way is in the [log](log.md).",
+        "Perplexity is per token of the test text, with the weights that were best on validation. "
+        "Where there are several seeds, the mean and the standard deviation are given; where there "
+        "is one seed, differences of a few per cent may be chance. *Rise after* is the validation "
+        "perplexity at the end of training divided by its minimum. `bandit-M` starts from "
+        "`sandwich-M` and keeps M independent layers; its initial weights have 1/n residual "
+        "scaling, which the suffix `1/n` denotes for other methods. `bandit, priced` also begins "
+        "and ends groups. The [log](log.md) describes the experiments that led here.",
     ]
 
 
@@ -77,71 +83,66 @@ def _shape(settings: Row, steps: int) -> str:
     )
 
 
-_PICTURES = (
+_FRONT = (
     "![Perplexity against mean model state](images/quality-front.png)",
-    "The label of a star is the bandit's M, that of a square the number of layers of a "
-    "conventional model. The line is the Pareto front.",
+    "Lower and further left is better. The line is the Pareto front. The label of a star is the "
+    "bandit's number of independent layers M; the label of a square is the number of layers of a "
+    "conventional model.",
+)
+_PATTERNS = (
     "![Perplexity by the number of independent layers](images/quality-patterns.png)",
-    "The same perplexities by the mean number of independent layers: at equal size, what is "
-    "shared decides, and how it starts. The best fixed pattern of each size is "
-    "labelled; the dashed line is conventional training.",
+    "The same perplexities by the mean number of independent layers. The best fixed pattern of "
+    "each size is labelled. The dashed line is conventional training with 12 layers.",
 )
-
-
-_VERDICTS = (
-    "The bandit's perplexity as a share of another method's (below 1: the bandit is better; "
-    "**bold**: the target is met), over the seeds that both have; their number in brackets. The "
-    "best fixed pattern is the best one with as many independent layers and standard initial "
-    "weights."
+_COMPARED = (
+    "The bandit's perplexity divided by that of another method: below 1 the bandit is better, and "
+    "**bold** marks a target that is met. Only seeds that both methods have are counted; their "
+    "number is in parentheses. The best fixed pattern is the best one with the same number of "
+    "independent layers and standard initial weights."
 )
-_AIMS = (
-    "The targets: at most 1.00 of the best fixed pattern, of the start that is kept to the end and "
-    "of conventional training in one pass, 0.92 of it in many passes; less than random changes, "
-    "which settle when the bandit does; a size chosen by itself that no other method beats in both "
-    "perplexity and mean model state; 2 % of the time for decisions. The rank correlation is that "
-    "of what the bandit's worths say of the fixed patterns of neighbouring layers (so many in "
-    "brackets) with the perplexities that these had."
+_TARGETS = (
+    "The targets are: at most 1.00 relative to the best fixed pattern, to the starting pattern and "
+    "to conventional training in a single epoch, and 0.92 relative to conventional training in "
+    "several epochs; less than 1.00 relative to random changes, which stop when the bandit does; a "
+    "chosen size that no other method beats in both perplexity and mean model state; and at most "
+    "2 % of the time for decisions. *Rank correlation* is Spearman's, between the bandit's "
+    "estimated worths of fixed patterns of neighboring layers and the perplexities of these "
+    "patterns; their number is in parentheses."
 )
 Cell = Callable[[Groups, str], str]  # of the methods' groups, in a regime
 
 
-def _verdicts(rows: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
-    """What was aimed at, a line each, and what came of it for each text and regime."""
+def _compared(heads: Sequence[str], columns: Sequence[tuple[Groups, str]]) -> str:
+    """One line for each comparison, one column for each text and regime."""
     lines: list[tuple[str, Cell]] = [
-        *((f"M = {m}: of the best fixed pattern", _of_best_fixed(m)) for m in FIXED),
-        ("M = 3: of conventional training", _of("conventional")),
-        ("M = 3: of `sandwich-3`", _of("sandwich-3")),
-        ("M = 3: of `sandwich-3, damped`, its start", _of("sandwich-3, damped")),
-        ("M = 3: of `random`", _of("random")),
-        ("M = 3: of `random, damped`", _of("random, damped")),
-        ("M = 3: of the paper's agent", _of("dqn")),
+        *((f"M = {m}: best fixed pattern", _of_best_fixed(m)) for m in FIXED),
+        ("M = 3: conventional training", _of("conventional")),
+        ("M = 3: conventional, 3 layers", _of("conventional, 3 layers")),
+        ("M = 3: `sandwich-3`", _of("sandwich-3")),
+        ("M = 3: `sandwich-3, 1/n`, its start", _of("sandwich-3, 1/n")),
+        ("M = 3: `random`", _of("random")),
+        ("M = 3: `random, 1/n`", _of("random, 1/n")),
+        ("M = 3: the paper's agent", _of("dqn")),
         ("rank correlation", lambda groups, _: rank_correlation(groups)),
-        ("size of its own: layers, on the front", _size_of_its_own),
+        ("chosen size: layers, on the front", _size_of_its_own),
         ("time of decisions", _time_of_decisions),
     ]
-    columns = [(at_best_rate(rows, text, regime), regime) for text, regime in settings]
-    heads = ["", *(f"{text}, {regime}" for text, regime in settings)]
     return markdown_table(
-        heads, [[name, *(cell(*column) for column in columns)] for name, cell in lines]
+        ["", *heads], [[name, *(cell(*column) for column in columns)] for name, cell in lines]
     )
 
 
 def _of_best_fixed(m: int) -> Cell:
     def cell(groups: Groups, _: str) -> str:
-        ours = f"bandit-{m}"
-        shares = {name: ratio(groups, ours, name) for name in FIXED[m]}
-        known = {name: share for name, share in shares.items() if share}
-        if not known:
-            return ""
-        best = max(known, key=lambda name: known[name])
-        return f"{_share(groups, ours, best, 1.0)} {best}"
+        best = best_fixed(groups, m)
+        return f"{_share(groups, f'bandit-{m}', best, 1.0)} {best}" if best else ""
 
     return cell
 
 
 def _of(rival: str) -> Cell:
     def cell(groups: Groups, regime: str) -> str:
-        is_harder = (rival, regime) == ("conventional", "many-pass")
+        is_harder = (rival, regime) == ("conventional", "multi-epoch")
         return _share(groups, "bandit-3", rival, 0.92 if is_harder else 1.0)
 
     return cell

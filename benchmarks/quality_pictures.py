@@ -88,7 +88,7 @@ def draw_front(axes: Any, groups: Groups) -> None:
 def _plot(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     for name, point in points.items():
         _, marker, colour = next(look for kind, look in KINDS.items() if name.startswith(kind))
-        filling = "white" if name.endswith("damped") else colour
+        filling = "white" if name.endswith("1/n") else colour
         size = 10 if marker == "*" else 6
         axes.plot(*point, marker, color=colour, markerfacecolor=filling, markersize=size)
         if name.startswith("bandit"):

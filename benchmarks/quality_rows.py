@@ -1,4 +1,4 @@
-"""What the rows of the benchmark say: each method's best runs, ratios, who is on the front."""
+"""Figures from the rows of the benchmark: the best runs of each method, ratios, the front."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FIXED = {m: [f"{name}-{m}" for name in SCHEMES] for m in (2, 3, 4)}
 FIXED[4].append("middle-loop-4")
 
 
-def best_rate(rows: Sequence[Row], text: str, regime: str, contestant: str) -> float:
+def best_rate(rows: Sequence[Row], text: str, regime: str, method: str) -> float:
     """The learning rate with the lowest validation perplexity of the first seed."""
-    mine = [r for r in of(rows, text, regime) if r["contestant"] == contestant]
+    mine = [r for r in of(rows, text, regime) if r["method"] == method]
     first = min(r["seed"] for r in mine)
     tried = [r for r in mine if r["seed"] == first]
     return min(tried, key=lambda r: r["validation_perplexity"])["lr"]
@@ -35,10 +35,10 @@ def at_best_rate(rows: Sequence[Row], text: str, regime: str) -> Groups:
     mine = of(rows, text, regime)
     best = {
         name: best_rate(rows, text, regime, name)
-        for name in dict.fromkeys(r["contestant"] for r in mine)
+        for name in dict.fromkeys(r["method"] for r in mine)
     }
     return {
-        name: [r for r in mine if r["contestant"] == name and r["lr"] == rate]
+        name: [r for r in mine if r["method"] == name and r["lr"] == rate]
         for name, rate in best.items()
     }
 
@@ -48,7 +48,7 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def ratio(groups: Groups, one: str, other: str) -> float | None:
-    """Of two methods' mean test perplexities over the seeds that both have."""
+    """The ratio of two methods' mean test perplexities, over the seeds that both have."""
     seeds = common_seeds(groups, one, other)
     if not seeds:
         return None
@@ -64,12 +64,19 @@ def common_seeds(groups: Groups, one: str, other: str) -> set[int]:
     return ours & theirs
 
 
+def best_fixed(groups: Groups, m: int) -> str | None:
+    """The fixed pattern of m independent layers that is hardest to beat for the bandit."""
+    shares = {name: ratio(groups, f"bandit-{m}", name) for name in FIXED[m]}
+    known = {name: share for name, share in shares.items() if share}
+    return max(known, key=lambda name: known[name]) if known else None
+
+
 def points_of(groups: Groups, size: str) -> dict[str, tuple[float, float]]:
     return {n: (mean(rows, size), mean(rows, "test_perplexity")) for n, rows in groups.items()}
 
 
 def front_of(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """The points that no other is as good as in both."""
+    """The Pareto front: the points that no other point equals or beats in both coordinates."""
     return {
         name: point
         for name, point in points.items()
@@ -78,7 +85,7 @@ def front_of(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, f
 
 
 def rank_correlation(groups: Groups) -> str:
-    """Spearman's, of what the bandit's worths say of a pattern and how it did from the start."""
+    """Spearman's, between the bandit's estimates of fixed patterns and their perplexities."""
     if "bandit-3" not in groups:
         return ""
     predicted, measured = [], []
