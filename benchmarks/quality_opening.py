@@ -69,7 +69,10 @@ def _fixed_patterns(settings: Sequence[Groups]) -> str:
             parts.append(f"{_wins(shares)} settings with {m} independent layers")
     if not parts:
         return ""
-    return f"The bandit is at least as good as the best fixed pattern of its size in {', '.join(parts)}."
+    return (
+        f"The bandit is at least as good as the best fixed pattern of its size in "
+        f"{', '.join(parts)}."
+    )
 
 
 def _initial_weights(settings: Sequence[Groups]) -> str:
