@@ -139,6 +139,32 @@ def test_gathered_weights_are_freed_after_use():
         assert sharded < plain + 0.1 * weights
 
 
+def peak_of_wide_layers() -> list[tuple[int, int]]:
+    """Bytes alive while a model of 12 x 768 trains, and those of its whole state at each tying."""
+    torch.manual_seed(0)
+    model = Plain(12, width=768)
+    layers = TiedLayers(model)
+    layers.apply(Tying((0,) * 12))
+    shard_tied_layers(layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    layers = TiedLayers(model, optimizer)
+    found = []
+    for owners in ((0,) * 12, (0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8), (0,) * 12):
+        layers.apply(Tying(owners))
+        model(torch.randn(1, 2, 768)).square().mean().backward()
+        optimizer.step()
+        found.append((live_bytes(), 4 * sum(p.nbytes for p in model.parameters())))
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_independent_layers_over_processes():
+    for counts in on_ranks(2, peak_of_wide_layers):
+        for alive, state in counts:
+            assert alive == pytest.approx(state / 2, rel=0.05)
+
+
 def many_transitions(number: int) -> list[tuple[int, int]]:
     torch.manual_seed(0)
     model = Plain()
