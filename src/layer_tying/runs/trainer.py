@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from layer_tying.core import distributed
+from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.find import find_layers
 from layer_tying.core.frozen_layers import FrozenLayers
 from layer_tying.core.residual_scale import divide_initial_weights
@@ -73,6 +75,9 @@ class Trainer:
         self._build_model(start)
         self.optimizer = adamw(self.model, config.optimization)
         self._tie(start)
+        self.averaging: GradientAveraging | None = None
+        if distributed.world_size() > 1:
+            self.averaging = GradientAveraging(self.storage.stack)
         self.tying = self._put_in_charge(policy) if policy else None
         if config.optimization.compile:
             for block in self.layers.stack.blocks:
@@ -138,14 +143,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.device)
-        for _ in range(settings.accumulate):
+        for number in range(1, settings.accumulate + 1):
             batch, weight = _my_rows(next(self.task.batches))
             with self.autocast():
                 loss = self.task.loss(self.model, batch) * (weight / settings.accumulate)
-            loss.backward()
+            self._backward(loss, is_last=number == settings.accumulate)
             total += loss.detach()
         at("gradients")
-        distributed.average_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         if self.state is None:
@@ -156,6 +160,12 @@ class Trainer:
         self.last_loss = total
         self.tally.add_step(tokens, self.layers.tying.num_independent, self.state)
         return total
+
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add up gradients; with the last batch, average them over all processes meanwhile."""
+        held_back = self.averaging.no_sync() if self.averaging and not is_last else nullcontext()
+        with held_back:
+            loss.backward()
 
     def decide(self) -> None:
         """Lines 7-27, where they are due."""
