@@ -75,7 +75,7 @@ class DynamicTying:
         initial: the tying to start from; by default the policy chooses, and shared weights are
             scaled as it wants them. The weights of all other layers are dropped. A ``Tying`` or a
             pattern's name goes on from the weights there are: ``"none"`` for a pretrained model
-            that shall be tied down, ``"keep"`` for the tying the model comes with.
+            that is to be tied, ``"keep"`` for the tying that the model already has.
         max_independent: a hard limit on the number of independent layers.
         seed: of a policy that is named.
         options: those of ``TiedLayers``.

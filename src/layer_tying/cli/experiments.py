@@ -166,7 +166,7 @@ def _left_out(policy: str) -> dict[str, Any]:
 
 
 def finetune(arguments: Sequence[str], program: str, help: str) -> int:
-    """The shape of the model is the run's; all else is chosen anew."""
+    """The shape of the model is that of the run; all else can be chosen."""
 
     tying = "keep the run's tying, go on from it with the paper's agent, or untie all layers"
     required = [

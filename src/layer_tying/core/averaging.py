@@ -11,7 +11,7 @@ Facts:
 - Buckets are the same on all ranks and are sent in one order; a gradient that is missing on a rank
   counts as zeros there. One that is missing everywhere stays missing.
 - A mean of equal means is that mean, so a gradient that is averaged twice is right: after
-  accumulation without ``no_sync``, after ``average_gradients`` by hand, and where reentrant
+  accumulation without ``no_sync``, after a call of ``average_gradients``, and where reentrant
   checkpointing makes a gradient in several parts.
 - Averaging has a process group of its own: its messages cannot be mixed up with those of
   ``DistributedDataParallel`` that keeps the rest of the model in step.

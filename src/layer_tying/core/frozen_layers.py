@@ -57,7 +57,7 @@ class FrozenLayers:
         return self.storage.parameters(layer)
 
     def storage_for(self, tying: Tying) -> Tying:
-        """The tying that the storage shall have, once this one is claimed."""
+        """The tying of the storage once the layers claim this one."""
         in_memory = self.storage.tying
         if not self._copies:
             return in_memory

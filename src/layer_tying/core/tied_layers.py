@@ -3,7 +3,7 @@
 The one invariant: state and storage agree, always. If ``tying.owners[i] == j``, every shared
 parameter of layer i *is* layer j's ``Parameter`` (the same object); if ``owners[i] == i``, it
 shares storage with no other independent layer. The optimizer holds each live parameter exactly
-once, and moments for no other.
+once, and optimizer state for no other.
 
 Parameters are tied, not modules: each layer keeps its own module, its ``layer_idx``, its buffers,
 its hooks and its slot in the KV cache.
@@ -263,7 +263,7 @@ class TiedLayers:
             state.add(self._owned(), in_first_of_kind)
 
     def _layers_that_lose_state(self, sources: Mapping[int, tuple[int, bool]]) -> set[int]:
-        """The owners whose storage goes, or is taken over by a layer that shall start afresh."""
+        """The owners whose storage is dropped, or taken over by a layer without optimizer state."""
         keeping = {
             source
             for owner, (source, _) in sources.items()

@@ -3,7 +3,7 @@
 A *tying* of L layers is a tuple of owners: ``owners[i]`` is the lowest-index layer whose weights
 layer i uses, so ``owners[i] == i`` says that layer i is independent. Every tie is resolved to its
 root, hence a tying is a set partition of the layers in canonical form and there are Bell(L) of
-them. An *action* names, for each layer i, a layer ``a[i] <= i`` whose weights it shall use; Eq. 1
+them. An *action* names, for each layer i, a layer ``a[i] <= i`` whose weights it is to use; Eq. 1
 of the paper (David-Hay and Wolf, ICLR 2024) turns it into the next tying::
 
     s'[0] = 0;   s'[i] = i  where a[i] == i,  else  s'[a[i]]

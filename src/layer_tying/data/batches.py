@@ -1,9 +1,9 @@
 """Batches: seeded, endless, and resumable from two numbers.
 
 Facts:
-- Examples are shuffled anew each epoch by a generator derived from (seed, epoch) alone, so (epoch,
-  position) is the whole state: whoever restores it goes on with exactly the batches that would have
-  come. Another seed gives another, unrelated stream over the same examples.
+- Examples are reshuffled each epoch by a generator derived from (seed, epoch) alone, so (epoch,
+  position) is the whole state: a run that restores it continues with exactly the batches that
+  would have come. Another seed gives another, unrelated stream over the same examples.
 - Text is cut into windows that share their boundary token: the label at the end of a window is the
   true next token, and each token but the first is predicted exactly once.
 - Label -100 means: not predicted (PyTorch's cross-entropy leaves it out).
@@ -186,7 +186,7 @@ def mask_tokens(
 
 
 class MaskedBatches:
-    """Batches for masked-token prediction: BERT's masks, drawn anew each time."""
+    """Batches for masked-token prediction: BERT's masks, drawn each time."""
 
     def __init__(self, batches: Batches, tokenizer: Tokenizer, seed: int) -> None:
         self._batches = batches

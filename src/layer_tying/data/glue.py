@@ -196,7 +196,7 @@ def _read_tsv(file: Path, form: Format) -> tuple[Example, ...]:
 def _lines(file: Path) -> list[str]:
     """The lines of a file all of which end in the same way.
 
-    Where they do not, a stray carriage return may be text or the end of a row: nobody can tell.
+    Where they do not, a stray carriage return may be text or the end of a row.
     """
     text = read_exactly(file)
     ends = re.findall(r"\r\n|\n|\r", text) or ["\n"]

@@ -1,6 +1,6 @@
 """What every loader does alike: find the data folder, read text strictly, ask the hub.
 
-Files given by hand come first, the hub second; whatever goes wrong is one `InputError` of one line.
+Local files come first, the hub second. Any failure is one `InputError` of one line.
 """
 
 import os

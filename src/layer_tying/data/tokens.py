@@ -48,7 +48,7 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, cache_dir: str | Path | None = 
     """Tokenise the three splits, or read them from the cache if that has been done before.
 
     The cache is one file in `cache_dir` (the user's cache folder if None), its name a hash over
-    text and tokenizer. A damaged one is made anew; a folder that cannot be written only costs time.
+    text and tokenizer. A damaged file is replaced; a folder that cannot be written only costs time.
     """
     splits = dict(zip(SPLITS, (texts.train, texts.validation, texts.test), strict=True))
     key = hashlib.sha256(f"1 {texts.sha256} {tokenizer.fingerprint}".encode()).hexdigest()[:32]

@@ -8,8 +8,8 @@ Facts (transformers 5.23):
 
 So the Trainer's own files stay such that it can always load them: ``model.safetensors`` holds a
 copy of the weights for each layer (any ``from_pretrained`` loads it), ``optimizer.pt`` the settings
-without the moments. What training goes on from is in ``layer_tying/`` beside them: each distinct
-weight once, its moments by name, the tying and the agent.
+without the optimizer state. What training continues from is in the folder ``layer_tying/``:
+each distinct weight once, its optimizer state by name, the tying and the policy.
 
 On several processes (``torchrun``, ``accelerate launch``) the Trainer wraps the model in DDP before
 training begins. When it is made, the callback has DDP told to leave the layers' weights alone;

@@ -78,7 +78,7 @@ def build_model(
     Args:
         config: of any model of transformers; its ``architectures`` say which class.
         tying: of as many layers as the configuration has.
-        device: where the weights shall lie.
+        device: the device of the weights.
         dtype: of the weights.
     """
     model = lay_out(config)

@@ -1,8 +1,8 @@
 """What a policy is: it is asked every k steps for an action, and told the reward that followed.
 
-A policy is one class in one file of this package, with an entry in ``POLICIES``. It says of itself
-what it starts from, which reward it learns from and when it settles, so that whoever runs it need
-not know which policy it is. No torch here.
+A policy is one class in one file of this package, with an entry in ``POLICIES``. It declares
+what it starts from, which reward it learns from and when it settles, so that its caller does not
+need to know which policy it is. No torch here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Policy:
         self.rules = rules
 
     def act(self, state: Tying) -> Action:
-        """Choose, for each layer, the layer whose weights it shall use, within the rules."""
+        """Choose, within the rules, the layer whose weights each layer uses next."""
         raise NotImplementedError
 
     def observe(

@@ -1,4 +1,4 @@
-"""The page of results, from the results file of the paper's rows: no number is typed by hand."""
+"""The page of results, generated from the results file of the paper's rows."""
 
 from __future__ import annotations
 

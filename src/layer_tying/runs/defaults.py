@@ -45,7 +45,7 @@ def with_changes(saved: TrainConfig, **changes: Any) -> TrainConfig:
     """A saved configuration with some settings changed.
 
     What its run had settled is kept where the changes leave it the experiment that it was, and is
-    settled anew where they do not; but what came from another run is kept as long as that is the
+    settled again where they do not; but what came from another run is kept as long as that is the
     same run, used in the same way.
     """
     opened = saved.open_again()

@@ -1,4 +1,4 @@
-"""What a run holds in memory: parameters, gradients and moments, counted; the peak, measured."""
+"""Memory of a run: parameters, gradients and optimizer state (counted), the peak (measured)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelState:
 
     @property
     def total_bytes(self) -> int:
-        """Parameters, gradients and moments together."""
+        """Parameters, gradients and optimizer state together."""
         return self.parameter_bytes + self.gradient_bytes + self.moment_bytes
 
 
@@ -79,7 +79,7 @@ def peak_bytes(device: torch.device) -> int:
 def return_freed_memory() -> None:
     """Have large tensors in RAM given back to the system when they are freed, on Linux.
 
-    Of itself glibc learns to keep freed blocks of up to 32 MiB on its heap: the weights and
+    By default, glibc learns to keep freed blocks of up to 32 MiB on its heap: the weights and
     gradients of a layer that is tied would go on counting as in use, in pieces that fit nothing
     else. It is a setting of the whole process, so it is the command that calls this.
     """

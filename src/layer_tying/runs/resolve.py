@@ -40,7 +40,7 @@ def resolve(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Tas
 
 
 def usual_settings(config: TrainConfig) -> dict[str, Any]:
-    """The defaults that depend on the policy, which says them of itself, and on the family."""
+    """The defaults that the policy declares, and those that depend on the family."""
     is_image = FAMILIES[config.model.family].kind == "image"
     tying = config.tying
     usual: dict[str, Any] = {"dataset": config.data.task or ("digits" if is_image else "pydocs")}

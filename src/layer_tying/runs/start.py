@@ -55,7 +55,7 @@ def starting_point(
 
 
 def policy_of(config: TyingConfig, seed: int) -> Policy:
-    """The policy of a run that decides; what it says of itself unless the settings say otherwise.
+    """The policy of a run; its own declarations hold unless the settings override them.
 
     Args:
         config: the settings, settled or not.

@@ -245,7 +245,7 @@ class Trainer:
         return loss
 
     def save_weights(self, folder: Path, training: Any = None, **facts: Any) -> None:
-        """Write a checkpoint of the weights, with what it says of itself; on one rank only."""
+        """Write a checkpoint of the weights, with what describes it; on one rank only."""
         checkpoint.save_checkpoint(
             folder,
             self.model,

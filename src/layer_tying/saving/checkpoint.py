@@ -1,8 +1,8 @@
 """Checkpoints: unique weights and everything else that a run needs to go on exactly.
 
 A checkpoint is a folder. ``model.safetensors`` holds each distinct weight once,
-``training.safetensors`` every other tensor (moments by parameter name, the agent's networks, states
-of random numbers), ``state.json`` the rest, with the tying. It is written under a temporary name,
+``training.safetensors`` every other tensor (optimizer state by parameter name, the policy's
+networks, random states), ``state.json`` the rest, with the tying. It is written under a temporary name,
 synced and renamed, so a folder with its final name is whole unless the disk lost something;
 ``SHA256SUMS`` tells (``sha256sum --check`` reads it too). Nothing is unpickled.
 """
@@ -67,7 +67,7 @@ class Checkpoint:
         load_tensors(model, self.weights(), self.folder)
 
     def training_state(self) -> Any:
-        """The tree of tensors and JSON-able values that was saved beside the weights."""
+        """The tree of tensors and JSON-able values that was saved with the weights."""
         state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return join_tree(state["training"], load_file(self.folder / TRAINING))
 
