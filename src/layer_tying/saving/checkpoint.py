@@ -2,8 +2,8 @@
 
 A checkpoint is a folder. ``model.safetensors`` holds each distinct weight once,
 ``training.safetensors`` every other tensor (optimizer state by parameter name, the policy's
-networks, random states), ``state.json`` the rest, with the tying. It is written under a temporary name,
-synced and renamed, so a folder with its final name is whole unless the disk lost something;
+networks, random states), ``state.json`` the rest, with the tying. It is written under a temporary
+name, synced and renamed, so a folder with its final name is whole unless the disk lost something;
 ``SHA256SUMS`` tells (``sha256sum --check`` reads it too). Nothing is unpickled.
 """
 
