@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from layer_tying.core.find import LayerStack
+from layer_tying.core.tying_settings import settings_of
 from layer_tying.errors import InputError
 
 ENTRY = '"{}":{{"dtype":"BF16","shape":{},"data_offsets":[{},{}]}},'  # of a tensor, in the header
+SETTINGS = 500  # what the settings of a tying may grow by: patterns of names, the policy's name
+OWNER = 6  # of a layer, in these settings
 FRAME = 100  # of a file: the header's length, its braces, the metadata's key, padding
 
 
@@ -75,7 +78,7 @@ def _numbers_of_bytes(stack: LayerStack, dtype: torch.dtype | None) -> dict[int,
     """For each number of independent layers, a bound on the bytes of its compact export."""
     state = stack.model.state_dict(keep_vars=True)
     sizes = {tensor: tensor.numel() * _itemsize(tensor, dtype) for tensor in state.values()}
-    header = _header_bytes(state, sum(sizes.values()))
+    header = _header_bytes(state, sum(sizes.values())) + _settings_bytes(stack)
     return {n: size + header for n, size in _sizes(stack, sizes).items()}
 
 
@@ -107,3 +110,8 @@ def _header_bytes(state: Mapping[str, Tensor], data_bytes: int) -> int:
         mapped = json.dumps(f'"{name}": "{longest}", ')
         total += max(len(stored), len(mapped))
     return total
+
+
+def _settings_bytes(stack: LayerStack) -> int:
+    written = json.dumps(settings_of(stack.model).to_json())
+    return len(written) + OWNER * len(stack.blocks) + SETTINGS
