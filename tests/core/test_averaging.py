@@ -1,5 +1,6 @@
 """Gradients that are averaged while backward makes them, in a user's own loop on many processes."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -223,6 +224,22 @@ def test_a_failed_backward_pass_and_nan_on_one_rank_do_not_split_the_ranks():
     assert is_finite and str(ours) == str(theirs)
     assert [str(norm) for norm in ours].count("nan") == 1 and str(ours[3]) == "nan"
     torch.testing.assert_close(weights, their_weights, rtol=0, atol=0)
+
+
+def dropped_layers() -> list[bool]:
+    """Whether a weight of a layer is still held once that is tied, right after a step."""
+    torch.manual_seed(0)
+    model = Plain()
+    tying = DynamicTying(model, None, RandomPolicy(0), initial="none")
+    my_loss(model, 0).backward()
+    dropped = weakref.ref(model.blocks[3].norm.weight)
+    before = dropped() is not None
+    tying.layers.apply(Tying((0,) * 6))
+    return [before, dropped() is not None]
+
+
+def test_a_layer_that_is_tied_is_freed_at_once():
+    assert on_ranks(2, dropped_layers) == [[True, False]] * 2
 
 
 def unequal_models() -> str:

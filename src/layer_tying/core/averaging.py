@@ -73,11 +73,14 @@ class GradientAveraging:
 
     def __init__(self, stack: LayerStack) -> None:
         self._stack = stack
-        self._group = dist.new_group()
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        self._group = group
         self._is_paused = False
         self._replace_earlier()
         self._hooks = WeakIdKeyDictionary()  # of each parameter
         self._backward: Callable[[], object] = lambda: None  # a weak reference, while it runs
+        self._forget()
         leave_layers_to_us(stack)
         self._note = stack.model.register_forward_pre_hook(_note_wrapper)
         self._add_hooks(_trainable(stack.model.parameters()))
@@ -136,11 +139,9 @@ class GradientAveraging:
         """At the first gradient of a backward pass, see which parameters are live."""
         parameters = self._averaged_here()
         self._add_hooks(parameters)
+        self._forget()  # what a backward pass that failed has left
         self._buckets = list(buckets(reversed(parameters)))
         self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
-        self._made: set[nn.Parameter] = set()
-        self._incomplete: set[int] = set()
-        self._means: list[Callable[[], list[Tensor]]] = []
 
         def finish() -> None:
             self._finish()
@@ -173,7 +174,15 @@ class GradientAveraging:
         for bucket, means in zip(self._buckets, self._means, strict=True):
             for parameter, mean in zip(bucket, means(), strict=True):
                 _put_in_place(parameter, mean, is_somewhere)
-        self._means.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Hold no parameter between backward passes: a layer that is tied has to be freed."""
+        self._buckets: list[list[nn.Parameter]] = []
+        self._bucket_of: dict[nn.Parameter, int] = {}
+        self._made: set[nn.Parameter] = set()
+        self._incomplete: set[int] = set()
+        self._means: list[Callable[[], list[Tensor]]] = []
 
     def _which_are_made(self) -> Callable[[nn.Parameter], bool]:
         """Whether any rank has made a parameter's gradient; read only where it is missing."""

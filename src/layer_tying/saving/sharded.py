@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from layer_tying.core.distributed import on_rank_0, world_size
 from layer_tying.core.tied_layers import TiedLayers
@@ -65,9 +68,10 @@ def save_sharded(folder: Path, layers: TiedLayers, training: Any = None) -> None
     on_rank_0(partial(_start, temporary))
     try:
         with _alone_without_a_word():
-            dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=world_size() == 1)
-    except (OSError, dcp.CheckpointException) as error:
-        raise InputError(f"cannot write the checkpoint {folder}: {error}") from None
+            save(dict(tensors), checkpoint_id=temporary, no_dist=world_size() == 1)
+    except (OSError, CheckpointException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot write the checkpoint {folder}: {reason}") from None
     on_rank_0(partial(_finish, temporary, folder, json.dumps(state)))
 
 
@@ -89,7 +93,7 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
     """
     try:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{folder} is not a whole checkpoint: {error}") from None
     facts = {n: each for n, each in stored.items() if isinstance(each, TensorStorageMetadata)}
@@ -99,7 +103,7 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
     states = _empty_optimizer_state(layers, facts)
     wanted = {**training, **states, **_weights(layers)}
     with _alone_without_a_word():
-        dcp.load(wanted, checkpoint_id=folder, no_dist=world_size() == 1)
+        load(wanted, checkpoint_id=folder, no_dist=world_size() == 1)
     _set_optimizer_state(layers, {**states, **saved["optimizer"]})
     return join_tree(saved["training"], training)
 
