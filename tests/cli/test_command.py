@@ -341,3 +341,18 @@ def test_compiling_without_a_compiler(here, monkeypatch):
 def test_a_folder_without_permission(here):
     (here / "runs").mkdir(mode=0o500)
     assert "Permission denied" in complaint(here, "train", *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("none", {"policy": "none"}),
+        ("plain-3", {"policy": "none", "nlayers": 3}),
+        ("cycle-reverse", {"policy": "cycle-reverse"}),
+        ("cycle-reverse-4", {"policy": "cycle-reverse", "groups": 4}),
+        ("mixture-2", {"policy": "mixture", "initial": "cycle", "groups": 2}),
+        ("bandit-3", {"policy": "bandit", "initial": "sandwich", "groups": 3}),
+    ],
+)
+def test_a_method_of_a_comparison_is_a_policy_with_its_groups(name, settings):
+    assert _method(name) == settings

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from layer_tying.cli.flags import parse, reader, settings_given, settings_groups
+from layer_tying.core.patterns import PATTERNS
 from layer_tying.data.glue import TASKS
 from layer_tying.errors import InputError
 from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
+from layer_tying.policies import POLICIES as RECORDS
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.processes import Job, train_all
@@ -128,17 +130,21 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
     from layer_tying.report import comparison_table, write_report
     from layer_tying.runs.reading import read_run
 
-    which = f"which policies, separated by commas, of {', '.join(POLICIES)}"
+    which = (
+        f"which methods, separated by commas: {', '.join(POLICIES)}; NAME-M for M groups of "
+        f"layers; plain-K for a conventional model of K layers"
+    )
     own = [("policies", *_own(str, "none,dqn,bandit", which))]
     options = _with_settings(arguments, program, help, ("policy", "task"), own)
     jobs = [
         Job(
             options.config.replace(
-                policy=policy, exp=f"{options.config.logging.exp}/{policy}", **_left_out(policy)
+                exp=f"{options.config.logging.exp}/{name}",
+                **_left_out(str(settings["policy"])) | settings,
             ),
-            policy,
+            name,
         )
-        for policy in dict.fromkeys(options.policies.split(","))
+        for name, settings in _methods(options.policies).items()
     ]
     try:
         ended = train_all(jobs, resume=options.resume, overwrite=options.overwrite)
@@ -154,12 +160,33 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
     return 0
 
 
+def _methods(names: str) -> dict[str, dict[str, Any]]:
+    """The settings of each method that is compared: a policy, plain-K, or a policy with -M groups.
+
+    Raises:
+        InputError: if a name is neither.
+    """
+    return {name: _method(name) for name in dict.fromkeys(names.split(","))}
+
+
+def _method(name: str) -> dict[str, Any]:
+    policy, _, number = name.rpartition("-")
+    if name in POLICIES or not number.isdecimal():
+        return {"policy": name}
+    if policy == "plain":  # conventional training of fewer layers: the rival of equal parameters
+        return {"policy": "none", "nlayers": int(number)}
+    if policy in DECIDING:
+        return {"policy": policy, "initial": RECORDS[policy].start, "groups": int(number)}
+    return {"policy": policy, "groups": int(number)}
+
+
 def _left_out(policy: str) -> dict[str, Any]:
     """The settings of other policies, which a comparison has as well."""
     tying = set(POLICIES) - {"none"}  # conventional training has no budget
     belong = {
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
         **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
+        "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others bring their own
         **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
     }
     return {name: DEFAULTS[name] for name, policies in belong.items() if policy not in policies}

@@ -20,16 +20,24 @@ class PolicyRecord:
     Attributes:
         place: ``module:class``, imported when it is asked for (some need torch).
         help: one line on what it does.
+        start: the pattern that it starts from, for those who choose its number of groups.
+        decides: whether it changes the tying while a model trains.
     """
 
     place: str
     help: str
+    start: str = "all"
+    decides: bool = True
 
 
 POLICIES = {
     "dqn": PolicyRecord("dqn:DQN", "the paper's agent: a Q-network, epsilon-greedy"),
-    "bandit": PolicyRecord("bandit:Bandit", "moves the borders of groups of neighbouring layers"),
-    "mixture": PolicyRecord("mixture:Mixture", "learns mixtures of shared weights by gradient"),
+    "bandit": PolicyRecord(
+        "bandit:Bandit", "moves the borders of groups of neighbouring layers", "sandwich"
+    ),
+    "mixture": PolicyRecord(
+        "mixture:Mixture", "learns mixtures of shared weights by gradient", "cycle", decides=False
+    ),
     "random": PolicyRecord("simple:RandomPolicy", "draws every layer's owner uniformly"),
 }
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from layer_tying.errors import InputError
-from layer_tying.models.build import build_model
 from layer_tying.runs.config import read_config
 from layer_tying.runs.devices import make_accelerator
 from layer_tying.runs.precision import autocast, choose_attention
 from layer_tying.runs.tasks import task_of
 from layer_tying.saving import checkpoint
+from layer_tying.saving.load import load
 from layer_tying.tasks.base import is_same_data
 
 
@@ -32,8 +34,8 @@ def evaluate_run(folder: Path, split: str, data_dir: str | None = None) -> dict[
     task = task_of(config, folder)
     if not is_same_data(best.facts["data"], task.facts):
         raise InputError(f"cannot evaluate {folder}: the data are not those it trained on")
-    model = build_model(task.model_config, best.tying, device=make_accelerator().device)
-    best.load_weights(model)
+    model = load(folder).to(make_accelerator().device)
+    assert isinstance(model, PreTrainedModel)  # as all that runs train
     precision = config.optimization.precision
     choose_attention(model, precision, config.data.bptt)
     with autocast(precision, model.device):

@@ -52,6 +52,7 @@ def usual_settings(config: TrainConfig) -> dict[str, Any]:
         "settle": policy.settles,
         "shared_init": "damped" if policy.divides_initial_weights and draws_shared else "plain",
         "inherit": policy.inherit,
+        "residual_scaling": policy.residual_scaling if draws_shared else 0.0,
     }
 
 

@@ -96,5 +96,6 @@ def _conventional_parameters(trainer: Trainer) -> int:
     """How many parameters would train if every layer were independent."""
     layers = trainer.storage
     shared = sum(p.numel() for p in layers.parameters(0).values())
-    in_memory = sum(p.numel() for p in trainer.model.parameters())
+    mixtures = sum(p.numel() for p in layers.mixtures or ())
+    in_memory = sum(p.numel() for p in trainer.model.parameters()) - mixtures
     return in_memory + shared * (layers.tying.num_layers - layers.tying.num_independent)

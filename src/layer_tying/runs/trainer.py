@@ -22,6 +22,7 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.find import find_layers
 from layer_tying.core.frozen_layers import FrozenLayers
+from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
@@ -97,12 +98,14 @@ class Trainer:
         in_memory = Tying.independent(start.num_layers) if tying.freezes else start
         self.model = build_model(self.task.model_config, in_memory, device=self.device)
         if tying.shared_init == "damped":
-            outputs = residual_outputs(self.model.config.model_type)
-            divide_initial_weights(find_layers(self.model), start, outputs)
+            divide_initial_weights(find_layers(self.model), start, self._residual_outputs())
         self.model.config.use_cache = False
         choose_attention(self.model, optimization.precision, self.config.data.bptt)
         if optimization.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _residual_outputs(self) -> tuple[str, ...]:
+        return residual_outputs(self.model.config.model_type)
 
     def _tie(self, start: Tying) -> None:
         tying = self.config.tying
@@ -112,6 +115,8 @@ class Trainer:
             gradient=tying.gradient,
             optimizer_state=tying.moments,
             inherit=tying.inherit,  # type: ignore[arg-type]  # settled, so not ""
+            residual_scaling=tying.residual_scaling or 0.0,
+            residual_outputs=self._residual_outputs() if tying.residual_scaling else (),
         )
         self.layers: Layers = self.storage
         if tying.freezes:
@@ -141,7 +146,7 @@ class Trainer:
         settings = self.config.optimization
         rate = learning_rate(settings, self.step, self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(FACTOR_KEY, 1.0)
         total = torch.zeros((), device=self.device)
         for number in range(1, settings.accumulate + 1):
             batch, weight = _my_rows(next(self.task.batches))

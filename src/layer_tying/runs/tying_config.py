@@ -55,6 +55,9 @@ class TyingConfig:
     """whose gradient a shared weight gets"""
     moments: Literal["copy", "fresh"] = "copy"
     """optimizer state of a newly independent layer"""
+    residual_scaling: float | None = None
+    """p of 1/n residual scaling: what a layer adds to the residual stream is multiplied by 1/n^p,
+    where n layers use its weights (default: mixture: 1; others: 0)"""
     initial: StartName = ""
     """what a deciding policy starts from: a pattern (with --groups, if it needs a number); frozen:
     all tied in name, but not yet in memory (default: dqn and random: all; bandit: sandwich)"""
@@ -86,7 +89,7 @@ class TyingConfig:
         budget = ("budget_layers", "budget_parameters", "budget_bytes")
         check_at_least(self, 1, ("every", "groups", *budget))
         check_at_least(self, 0, ("permute",))
-        check_finite(self, ("layer_price",))
+        check_finite(self, ("layer_price", "residual_scaling"))
         check_shares(self, ("settle",))
         if self.activate_at is not None and not 0 <= self.activate_at < 1:
             raise InputError(f"activate_at is at least 0 and below 1, got {self.activate_at}")
@@ -94,6 +97,11 @@ class TyingConfig:
         if self.has_budget and self.freezes:
             raise InputError(
                 "a budget does not go with sharing or initial frozen: all layers are in memory"
+            )
+        if self.freezes and (self.residual_scaling or self.policy == "mixture"):
+            raise InputError(
+                "residual scaling and mixtures are of shared weights: they do not go with frozen "
+                "layers"
             )
         if self.shared_init == "damped" and self.freezes:
             raise InputError(
@@ -140,7 +148,8 @@ class TyingConfig:
     @property
     def decides(self) -> bool:
         """Whether the tying may change while the model trains."""
-        return self.policy in (*DECIDING, "recorded") or self.activate_at is not None
+        decides = self.policy in DECIDING and DECIDING_RECORDS[self.policy].decides
+        return decides or self.policy == "recorded" or self.activate_at is not None
 
     @property
     def has_budget(self) -> bool:

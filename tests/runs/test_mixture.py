@@ -1,0 +1,50 @@
+"""A run whose layers mix shared weights: trained, resumed exactly, evaluated and exported."""
+
+import pytest
+import torch
+from small_runs import crashed_at, lines_of, small, traces_of, write_text
+
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.runs.evaluate import evaluate_run
+from layer_tying.runs.train import train
+from layer_tying.saving.load import load
+
+MIXTURE = {"policy": "mixture", "initial": "cycle", "groups": 2, "nlayers": 4, "family": "llama"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    write_text(folder)
+    return folder
+
+
+def test_a_run_of_mixtures_goes_on_exactly(folder):
+    left_alone, crashed = (small(folder, exp=name, **MIXTURE) for name in ("alone", "crashed"))
+    summary = train(left_alone)
+    crashed_at(crashed, 17)
+    train(crashed, resume=True)
+    assert traces_of(crashed.folder) == traces_of(left_alone.folder)
+    assert summary["independent_layers_end"] == 2
+    assert len(lines_of(left_alone.folder / "tying.jsonl")) == 1, "nothing is decided"
+
+
+def test_it_is_evaluated_and_loaded_as_it_was_trained(folder):
+    config = small(folder, exp="scored", **MIXTURE)
+    summary = train(config)
+    scores = evaluate_run(config.folder, "test")
+    assert scores["perplexity"] == pytest.approx(summary["test_perplexity"], rel=1e-6)
+    layers = TiedLayers(load(config.folder))
+    assert layers.mixtures is not None
+    assert layers.settings.residual_scaling == 1.0
+    moved = [c for c in layers.mixtures if not torch.equal(c, c.round())]
+    assert moved, "the coefficients have learned"
+
+
+def test_uses_are_scaled_in_the_forward_pass_of_any_pattern(folder):
+    fixed = {"policy": "cycle", "groups": 2, "nlayers": 4, "max_steps": 6, "every": 5}
+    plain = train(small(folder, exp="plain", **fixed))
+    scaled = train(small(folder, exp="scaled", residual_scaling=1.0, **fixed))
+    assert scaled["test_perplexity"] != plain["test_perplexity"]
+    again = evaluate_run(small(folder, exp="scaled", **fixed).folder, "test")
+    assert again["perplexity"] == pytest.approx(scaled["test_perplexity"], rel=1e-6)
