@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,35 +30,10 @@ from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
 from layer_tying.policies import make_policy
-from layer_tying.policies.base import LARGEST_REWARD, Action, Policy
+from layer_tying.policies.base import LARGEST_REWARD, Action, Decision, Policy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # comes with torch
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One decision of a policy, as it is logged.
-
-    Attributes:
-        step: how many optimizer steps had been done.
-        action: for each layer, the layer it was told to use.
-        state: the tying's owners after the decision.
-        reward: what followed, where it was measured at once; None where it is known only later,
-            where the policy does not learn, or could not from this one (infinite, not a number, or
-            so large that its square is not finite).
-        previous_reward: the reward of the decision before, where it is known only now.
-        event: what went wrong, if anything did.
-        statistics: what the policy says of the decision (epsilon, Q-values).
-    """
-
-    step: int
-    action: Action
-    state: tuple[int, ...]
-    reward: float | None
-    previous_reward: float | None
-    event: str | None
-    statistics: Mapping[str, Any]
 
 
 class DynamicTying:

@@ -355,4 +355,4 @@ def test_a_folder_without_permission(here):
     ],
 )
 def test_a_method_of_a_comparison_is_a_policy_with_its_groups(name, settings):
-    assert _method(name) == settings
+    assert experiments._method(name) == settings

@@ -8,6 +8,7 @@ need to know which policy it is. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +19,31 @@ Action = tuple[int, ...]
 
 LARGEST_REWARD = 1e15
 """Beyond it the squared error overflows single precision: such a reward is not finite enough."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision of a policy, as it is logged.
+
+    Attributes:
+        step: how many optimizer steps had been done.
+        action: for each layer, the layer it was told to use.
+        state: the tying's owners after the decision.
+        reward: what followed, where it was measured at once; None where it is known only later,
+            where the policy does not learn, or could not from this one (infinite, not a number, or
+            so large that its square is not finite).
+        previous_reward: the reward of the decision before, where it is known only now.
+        event: what went wrong, if anything did.
+        statistics: what the policy says of the decision (epsilon, Q-values).
+    """
+
+    step: int
+    action: Action
+    state: tuple[int, ...]
+    reward: float | None
+    previous_reward: float | None
+    event: str | None
+    statistics: Mapping[str, Any]
 
 
 class Policy:

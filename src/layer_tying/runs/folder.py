@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from layer_tying.core.tying import Tying
-from layer_tying.dynamic import Decision
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
+from layer_tying.policies.base import Decision
 from layer_tying.runs.config import CONFIG, TrainConfig
 
 METRICS, DECISIONS, SUMMARY = "metrics.jsonl", "tying.jsonl", "summary.json"
