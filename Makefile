@@ -6,9 +6,14 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 help:                 ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
 
-demo: $(VENV)/.run    ## train a GPT-2 conventionally, by the paper's agent and by ours; report
-	$(BIN)/layer-tying compare --exp demo --overwrite --max-steps 1200 --every 20 --eval-every 100 \
-		--eval-batches 20
+# k-hop induction: the symbol that three look-ups lead to. Two layers cannot, six can.
+demo: $(VENV)/.run    ## five small models on a task that needs depth, compared; about three minutes
+	$(BIN)/layer-tying compare --exp demo --overwrite \
+		--policies none,plain-2,cycle-2,mixture-2,dqn --residual-scaling 1 \
+		--dataset khop:3 --bptt 25 --batch-size 32 \
+		--family llama --nlayers 6 --nhead 2 --emsize 48 --init-std 0.1 \
+		--lr 5e-3 --final-lr 0 --weight-decay 0 \
+		--max-steps 700 --every 25 --eval-every 100 --eval-batches 8
 
 test: $(VENV)/.test   ## the tests, in minutes, without a network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -61,7 +66,7 @@ paper-small: $(VENV)/.test ## every row of the paper at small scale: half an hou
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run

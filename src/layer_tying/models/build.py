@@ -60,7 +60,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def lay_out(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration on torch's meta device: its structure, without storage."""
     with torch.device("meta"):
-        return model_class(config)(config)
+        model = model_class(config)(config)
+    model.tie_weights()  # heads to embeddings: transformers 5.0 does it only where it draws weights
+    return model
 
 
 def build_model(
