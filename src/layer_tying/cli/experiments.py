@@ -21,17 +21,12 @@ from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.processes import Job, train_all
 from layer_tying.runs.tying_config import DECIDING, POLICIES
+from layer_tying.tasks.metrics import METRICS
 
 INTERRUPTED = 130
 # What cannot be chosen when a run is fine-tuned: it is the run's, or the policy's.
 NOT_WHEN_FINETUNING = (*SHAPE, "policy", "task", "source", "dataset", "groups", "owners")
 NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")
-SCORES = {  # of a test split, as they are printed
-    "last_word_accuracy": "last-word accuracy",
-    "accuracy": "accuracy",
-    "matthews_correlation": "Matthews correlation",
-    "f1": "F1",
-}
 
 
 def _own(kind: Any, default: Any, help: str, name: str | None = None) -> tuple[Any, Any]:
@@ -117,7 +112,11 @@ def _train_and_report(config: TrainConfig, options: Any) -> int:
 
 def _outcome(summary: dict[str, Any], config: TrainConfig) -> str:
     test = "dev" if config.data.task else "test"
-    scores = [f"{label} {summary[name]:.3f}" for name, label in SCORES.items() if name in summary]
+    scores = [
+        f"{each.title} {summary[name]:{each.form}}"
+        for name, each in METRICS.items()
+        if each.is_headline and name in summary
+    ]
     scores.append(f"perplexity {summary['test_perplexity']:.3f} on {test}")
     validation = f"{summary['validation_perplexity']:.3f} on validation"
     layers = f"{summary['independent_layers_end']} of {summary['num_layers']} layers independent"

@@ -13,15 +13,7 @@ from layer_tying.events import at
 from layer_tying.runs.memory import model_state
 from layer_tying.runs.trainer import Trainer
 from layer_tying.saving import checkpoint
-
-# Scores of the test split that the summary gives under their own names as well.
-HEADLINES = (
-    "bits_per_byte",
-    "last_word_accuracy",
-    "accuracy",
-    "matthews_correlation",
-    "f1",
-)
+from layer_tying.tasks.metrics import METRICS
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
@@ -49,7 +41,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "best_step": best.step,
         **{f"validation_{name}": value for name, value in validation.items()},
         **{f"test_{name}": value for name, value in test.items()},
-        **{name: test[name] for name in HEADLINES if name in test},
+        **{name: test[name] for name, each in METRICS.items() if each.is_headline and name in test},
         "num_layers": end.num_layers,
         "independent_layers_end": end.num_independent,
         "owners_end": list(end.owners),
