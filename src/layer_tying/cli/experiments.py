@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from layer_tying.cli.flags import parse, reader, settings_given, settings_groups
+from layer_tying.cli.flags import option, parse, positional, settings_given, settings_groups
 from layer_tying.core.patterns import PATTERNS
 from layer_tying.data.glue import TASKS
 from layer_tying.errors import InputError
@@ -29,17 +29,9 @@ NOT_WHEN_FINETUNING = (*SHAPE, "policy", "task", "source", "dataset", "groups", 
 NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")
 
 
-def _own(kind: Any, default: Any, help: str, name: str | None = None) -> tuple[Any, Any]:
-    """An option that is no setting of a run: its type and its default."""
-    shown = "" if default in (None, False) else f"(default: {default})"
-    argument = tyro.conf.arg(name=name, help=help, help_behavior_hint=shown)
-    mark = tyro.conf.FlagCreatePairsOff if kind is bool else reader(kind)
-    return Annotated[kind if kind is bool else kind | None, argument, mark], field(default=default)
-
-
 GOING_ON = [
-    ("resume", *_own(bool, False, "go on where it stopped")),
-    ("overwrite", *_own(bool, False, "replace what is there")),
+    ("resume", *option(bool, False, "go on where it stopped")),
+    ("overwrite", *option(bool, False, "replace what is there")),
 ]
 
 
@@ -58,7 +50,7 @@ def _with_settings(
     kind = make_dataclass(
         "Options",
         [
-            ("config", *_own(str, None, "start from a config.json; flags change it")),
+            ("config", *option(str, None, "start from a config.json; flags change it")),
             *own,
             *GOING_ON,
             *settings_groups(defaults.flat(), leave_out),
@@ -133,7 +125,7 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
         f"which methods, separated by commas: {', '.join(POLICIES)}; NAME-M for M groups of "
         f"layers; plain-K for a conventional model of K layers"
     )
-    own = [("policies", *_own(str, "none,dqn,bandit", which))]
+    own = [("policies", *option(str, "none,dqn,bandit", which))]
     options = _with_settings(arguments, program, help, ("policy", "task"), own)
     jobs = [
         Job(
@@ -200,8 +192,8 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
         ("source", Annotated[str, tyro.conf.arg(name="from", help="the run", metavar="RUN")]),
     ]
     own = [
-        ("choice", *_own(Literal[tuple(TYINGS)], "keep", tying, name="tying")),
-        ("exp", *_own(str | None, None, "name of the new run (default: RUN's, the task, ...)")),
+        ("choice", *option(Literal[tuple(TYINGS)], "keep", tying, name="tying")),
+        ("exp", *option(str, None, "name of the new run (default: RUN-TASK-TYING)")),
     ]
     groups = settings_groups(DEFAULTS | {"lr": 3e-4, "epochs": 3}, NOT_WHEN_FINETUNING)
     kind = make_dataclass("Options", [*required, *own, *GOING_ON, *groups])
@@ -220,17 +212,16 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
 
 def recipe(arguments: Sequence[str], program: str, help: str) -> int:
     """Train a row of the paper."""
-    name = tyro.conf.arg(help="one of those that --list lists", metavar="NAME")
     data_dir, few = "where local data sets lie", "stop after so few steps, to try a row out"
     kind = make_dataclass(
         "Options",
         [
-            ("name", tyro.conf.Positional[Annotated[str, name]], field(default="")),
-            ("list", *_own(bool, False, "list the recipes")),
-            ("scale", *_own(Literal[SCALES], "small", "the paper's, or one for a CPU")),
-            ("output_dir", *_own(str | None, None, "(default: runs/SCALE)")),
-            ("data_dir", *_own(str | None, None, data_dir)),
-            ("max_steps", *_own(int | None, None, few)),
+            ("name", *positional("NAME", "one of those that --list lists", default="")),
+            ("list", *option(bool, False, "list the recipes")),
+            ("scale", *option(Literal[SCALES], "small", "the paper's, or one for a CPU")),
+            ("output_dir", *option(str, None, "(default: runs/SCALE)")),
+            ("data_dir", *option(str, None, data_dir)),
+            ("max_steps", *option(int, None, few)),
             *GOING_ON,
         ],
     )

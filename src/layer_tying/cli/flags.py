@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, field, fields, make_dataclass
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -144,5 +144,17 @@ def _help_texts(kind: type) -> dict[str, str]:
     return texts
 
 
-Text = Annotated[str | None, reader(str | None)]  # options that need not be given
-Count = Annotated[int | None, reader(int | None)]
+def option(kind: Any, default: Any, help: str, name: str | None = None) -> tuple[Any, Any]:
+    """An option that is no setting of a run: its type and its default, for ``make_dataclass``."""
+    is_shown = default is not None and default is not False and default != ""
+    shown = f"(default: {default})" if is_shown else ""
+    argument = tyro.conf.arg(name=name, help=help, help_behavior_hint=shown)
+    if kind is bool:
+        return Annotated[bool, argument, tyro.conf.FlagCreatePairsOff], field(default=default)
+    return Annotated[kind | None, argument, reader(kind)], field(default=default)
+
+
+def positional(metavar: str, help: str, default: Any = MISSING) -> tuple[Any, Any]:
+    """A positional argument, required unless it has a default: its type and its default."""
+    argument = tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint="")
+    return tyro.conf.Positional[Annotated[str, argument]], field(default=default)

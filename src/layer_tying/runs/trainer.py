@@ -267,7 +267,10 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that going on exactly needs: tensors and JSON-able values. Call it on all ranks."""
+        """All that going on exactly needs: tensors (not copies) and JSON-able values.
+
+        With several processes it is collective: call it on all of them.
+        """
         self.tally.seconds = self.clock.seconds
         return {
             "model": checkpoint.unique_tensors(self.model),

@@ -1,0 +1,93 @@
+"""The scheduler of child processes: order, failures, interruption, going on."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import in_process, small, write_text
+
+from layer_tying.errors import InputError
+from layer_tying.runs.config import TrainConfig, read_config
+from layer_tying.runs.processes import Ended, Job, train_all
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    write_text(tmp_path)
+    return tmp_path
+
+
+def short(folder: Path, **changes) -> TrainConfig:
+    return small(folder, policy="all", max_steps=2, eval_every=2, **changes)
+
+
+def test_a_job_starts_after_those_that_it_needs_and_what_is_done_stays(here):
+    source = str(here / "runs/first")
+    jobs = [
+        Job(short(here, exp="second").replace(policy="fixed", source=source), "second", ("first",)),
+        Job(short(here, exp="first"), "first"),
+    ]
+    order = []
+    ended = train_all(jobs, processes=2, threads=1, on_end=lambda job, _: order.append(job.name))
+    assert order == ["first", "second"]
+    assert ended == {"first": Ended(0), "second": Ended(0)}
+    assert read_config(here / "runs/second").tying.tyings == ("0,0,0",)
+
+    before = [job.config.folder.joinpath("summary.json").stat().st_mtime_ns for job in jobs]
+    with pytest.raises(InputError, match=r"second holds a run: .*--resume"):
+        train_all(jobs)
+    with pytest.raises(InputError, match=r"lr is 0\.003 in one and 0\.5"):
+        train_all([Job(jobs[1].config.replace(lr=0.5), "first")], resume=True)
+    assert train_all(jobs, resume=True) == ended
+    after = [job.config.folder.joinpath("summary.json").stat().st_mtime_ns for job in jobs]
+    assert after == before
+
+
+def test_a_failure_ends_those_that_need_it_and_says_why(here):
+    jobs = [
+        Job(short(here, exp="bad", dataset=str(here / "no-such.txt")), "bad"),
+        Job(short(here, exp="needs"), "needs", after=("bad",)),
+        Job(short(here, exp="good"), "good"),
+    ]
+    ended = train_all(jobs, threads=1, logs=here / "logs", keep_going=True)
+    assert ended["bad"].code == 2
+    assert "no-such.txt" in ended["bad"].reason
+    assert ended["needs"] == Ended(1, "bad comes first, and failed")
+    assert ended["good"] == Ended(0)
+    assert (here / "logs/good.log").read_text(encoding="utf-8")
+    assert set(train_all(jobs, threads=1, logs=here / "logs", resume=True)) == {"bad"}
+
+
+def interrupt_when_saved(folder: Path) -> None:
+    """Train two long runs, and send this process a signal once both have begun to save."""
+    jobs = [Job(small(folder, exp=exp, max_steps=100_000), exp) for exp in "ab"]
+    if os.fork() == 0:
+        while not all(any(job.config.folder.glob("checkpoints/step-*")) for job in jobs):
+            time.sleep(0.05)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    codes = {}
+    try:
+        train_all(
+            [*jobs, Job(small(folder, exp="c"), "c")],
+            processes=2,
+            threads=1,
+            logs=folder / "logs",
+            on_end=lambda job, ended: codes.update({job.name: ended.code}),
+        )
+    except KeyboardInterrupt:
+        sys.exit(0 if codes == {"a": 130, "b": 130} else 1)
+    sys.exit(2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interruption_reaches_each_child_once_and_they_save(here):
+    assert in_process(interrupt_when_saved, here) == 0
+    for exp in "ab":
+        log = (here / f"logs/{exp}.log").read_text(encoding="utf-8")
+        assert "go on with the same command and --resume" in log.splitlines()[-1]
+        assert "Traceback" not in log
+    assert not (here / "runs/c").exists()

@@ -1,0 +1,79 @@
+"""Every default is settled once: by a rule, and without another run's folder later."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import crashed_at, lines_of, small, traces_of, trainer_of, write_text
+
+from layer_tying.cli import main
+from layer_tying.runs.defaults import OPEN
+from layer_tying.runs.evaluate import evaluate_run
+from layer_tying.runs.precision import usual_precision
+from layer_tying.runs.train import train
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    write_text(tmp_path)
+    return tmp_path
+
+
+def test_a_replay_does_not_need_the_run_that_it_replays(here):
+    train(small(here, exp="source", policy="random", seed=1))
+    replay = {"policy": "recorded", "source": str(here / "runs/source"), "permute": 0}
+    alone, crashed = small(here, exp="alone", **replay), small(here, exp="crashed", **replay)
+    summary = train(alone)
+    crashed_at(crashed, 9)
+    shutil.rmtree(here / "runs/source")
+    train(crashed, resume=True)
+    assert traces_of(crashed.folder) == traces_of(alone.folder)
+    assert evaluate_run(alone.folder, "test")["loss"] == summary["test_loss"]
+    assert main(["export", str(alone.folder), "--output", str(here / "export")]) == 0
+    config = str(alone.folder / "config.json")
+    assert main(["train", "--config", config, "--exp", "again", "--seed", "3"]) == 0
+    states = [
+        [line["state"] for line in lines_of(here / f"runs/{exp}/tying.jsonl")]
+        for exp in ("alone", "again")
+    ]
+    assert states[0] == states[1]
+
+
+def test_nothing_that_has_a_default_is_open_in_the_config_of_a_run(here):
+    config = small(here, policy="bandit", nlayers=6, max_steps=None, epochs=1, precision="auto")
+    config = config.replace(eval_every=None, save_every=None)
+    resolved = trainer_of(config).config.flat()
+    settled = ("max_steps", "eval_every", "save_every", "precision", "reward", "settle")
+    for name in (*settled, "shared_init", "inherit", "tyings"):
+        assert resolved[name] not in OPEN, name
+    assert resolved["tyings"] == ("0,1,1,1,1,5",)
+    assert set(resolved["settled"]) >= {*settled}
+
+
+def test_a_device_that_does_not_compute_in_bf16_is_not_asked_to(monkeypatch):
+    assert usual_precision(torch.device("mps")) == "fp32"
+    for has_it, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has=has_it: {"avx512_bf16": has}, raising=False
+        )
+        assert usual_precision(torch.device("cpu")) == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_it, **_: has)
+        assert usual_precision(torch.device("cuda")) == expected
+
+
+def test_a_trainer_goes_on_from_its_state_dict(here):
+    config = small(here, policy="random", every=2, dropout=0.1)
+    one, other = trainer_of(config), trainer_of(config)
+    for trainer in (one, other):
+        trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    for _ in range(5):
+        one.train_step()
+        one.decide()
+    state = copy.deepcopy(one.state_dict())  # it refers to the tensors, as in torch
+    expected = [one.train_step(), one.decide(), one.train_step()]
+    other.load_state_dict(state)
+    found = [other.train_step(), other.decide(), other.train_step()]
+    assert found == expected
+    assert other.layers.tying == one.layers.tying
