@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import Command, run_command, traces_of, write_text
@@ -96,7 +97,7 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
     assert traces_of(run) != before
 
 
-def values_of(name: str) -> tuple[dict[str, object], object]:
+def values_of(name: str) -> tuple[dict[str, Any], Any]:
     """Flags that another one needs, and a value for it that is not the default."""
     needed = {
         "owners": {"policy": "fixed"},

@@ -6,7 +6,6 @@ exit code 130.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -82,21 +81,10 @@ def _usage() -> str:
 
 
 def _quiet_the_noisy() -> None:
-    """Silence what says nothing to a user; every other warning is shown."""
+    """Silence what a user can do nothing about; every other warning is shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in NOISY_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-
-
-NOISY_LOGGERS = (
-    "transformers.generation",  # on every call, of settings that are as meant
-    "transformers.modeling_utils",
-    "torch.distributed.elastic",
-)
-NOISY_WARNINGS = (".*does not have many workers.*",)
+    # The name that transformers wants instead is not in its older versions.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
 
 
 def _advice(error: Exception) -> str | None:
