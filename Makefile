@@ -8,7 +8,7 @@ help:                 ## show this list
 
 # k-hop induction: the symbol that three look-ups lead to. Two layers cannot, six can.
 demo: $(VENV)/.run    ## five small models on a task that needs depth, compared; about three minutes
-	$(BIN)/layer-tying compare --exp demo --overwrite \
+	OMP_NUM_THREADS=1 $(BIN)/layer-tying compare --exp demo --overwrite \
 		--policies none,plain-2,cycle-2,mixture-2,dqn --residual-scaling 1 \
 		--dataset khop:3 --bptt 25 --batch-size 32 \
 		--family llama --nlayers 6 --nhead 2 --emsize 48 --init-std 0.1 \
