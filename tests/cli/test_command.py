@@ -58,7 +58,9 @@ def test_the_published_command_line(here):
     flags += " --emsize 16 --nhead 2 --exp x --epochs 1"
     code, out, _ = run_command("train", *flags.split(), cwd=here)
     assert code == 0
-    assert re.match(r"perplexity \d+\.\d{3} on test.* of 3 layers independent", out)
+    assert re.match(
+        r"bits per byte \d+\.\d{3}, perplexity \d+\.\d{3} on test.* of 3 layers independent", out
+    )
     assert (here / "runs/x/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     config = read_config(here / "runs/x").flat()
     given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
