@@ -177,6 +177,7 @@ def test_a_model_that_is_tied_again_goes_on_mixing():
     before = loss_of(model)
     again = TiedLayers(model)
     assert torch.equal(loss_of(model), before)
+    assert again.mixtures is not None and layers.mixtures is not None
     assert [*again.mixtures] == [*layers.mixtures]
 
 

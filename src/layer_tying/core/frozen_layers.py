@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from layer_tying.core.find import LayerStack
 from layer_tying.core.tied_layers import Parameters, TiedLayers
 from layer_tying.core.tying import Rules, Tying
-from layer_tying.errors import InvariantError
+from layer_tying.errors import InputError, InvariantError
 
 
 class FrozenLayers:
@@ -75,6 +75,14 @@ class FrozenLayers:
         self.storage.apply(self.storage_for(tying))
         self.tying = tying
         self._set_trainable(thawed=before - self.frozen, frozen=self.frozen - before)
+
+    def mix(self) -> object:
+        """Refuse: mixtures are of shared weights, and frozen layers keep their own.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("frozen layers keep weights of their own: there is nothing to mix")
 
     def verify(self) -> None:
         """Check that claim and storage agree, and that the frozen layers are frozen.
