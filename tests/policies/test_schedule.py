@@ -159,7 +159,7 @@ def test_a_pattern_is_activated_at_its_share_of_the_run(folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"source": "no-such-run"}, "no-such-run: no such folder"),
+        ({"source": "no-such-run"}, "no-such-run holds no run"),
         ({"nlayers": 3}, "nlayers is 3 here, but 4 in"),
         ({"every": 5}, "every is 5 here, but 4 in"),
         ({"policy": "fixed", "nlayers": 3}, "nlayers is 3 here, but 4 in"),
