@@ -14,6 +14,14 @@ from layer_tying.runs.interrupt import stop_requests
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def _python_answers_ctrl_c():
+    """A shell starts a background job with SIGINT ignored, and then Python leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def handlers():
     return [signal.getsignal(number) for number in BOTH]
 
