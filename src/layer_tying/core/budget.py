@@ -18,7 +18,7 @@ from layer_tying.core.tying_settings import settings_of
 from layer_tying.errors import InputError
 
 ENTRY = '"{}":{{"dtype":"BF16","shape":{},"data_offsets":[{},{}]}},'  # of a tensor, in the header
-SETTINGS = 500  # what the settings of a tying may grow by: patterns of names, the policy's name
+SETTINGS = 500  # what the settings of a tying may grow by: patterns of names
 OWNER = 6  # of a layer, in these settings
 FRAME = 100  # of a file: the header's length, its braces, the metadata's key, padding
 

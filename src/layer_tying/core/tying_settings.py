@@ -46,7 +46,6 @@ class TyingSettings:
             residual stream; needed for residual scaling.
         mixes: whether the layers read learned mixtures of the shared weights.
         owners: the tying at the time of saving; empty where it is not known.
-        policy: the name of the policy that decides, if one does.
 
     Raises:
         InputError: if a value is not one of the choices.
@@ -62,7 +61,6 @@ class TyingSettings:
     residual_outputs: tuple[str, ...] = ()
     mixes: bool = False
     owners: tuple[int, ...] = ()
-    policy: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
