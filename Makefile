@@ -7,7 +7,7 @@ help:                 ## show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
 
 # k-hop induction: the symbol that three look-ups lead to. Two layers cannot, six can.
-demo: $(VENV)/.run    ## five small models on a task that needs depth, compared; under five minutes with the install
+demo: $(VENV)/.run    ## five small models on a task that needs depth, compared; 5 minutes with the install
 	OMP_NUM_THREADS=1 $(BIN)/layer-tying compare --exp demo --overwrite \
 		--policies none,plain-2,cycle-2,mixture-2,dqn --residual-scaling 1 \
 		--dataset khop:3 --bptt 25 --batch-size 32 \

@@ -52,6 +52,9 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
     machines = sorted({_machine(entry) for entry in entries})
     seeds = sorted({entry["seed"] for entry in entries})
     return [
+        "No row here shows that depth pays: no plain model of fewer layers was trained next to the "
+        "conventional one. The figures compare ways of training with each other and say nothing "
+        "about what sharing can gain ([quality](quality.md)).",
         "The rows of the paper at a small scale: 12 layers x 128 instead of 48 x 1,600, a learned "
         "vocabulary of 4,096, a few hundred steps. They can be compared with each "
         "other, but not with the paper's. Written by `make paper-small`; the figures are in "
