@@ -29,8 +29,9 @@ from layer_tying.runs.resolve import resolve
 from layer_tying.runs.trainer import Trainer
 from layer_tying.tasks.evaluation import evaluating
 
-BUDGET = 525.0  # seconds; gpu.sh stops at 540
+BUDGET = 525.0  # seconds, of which the pair gets what is left; gpu.sh stops at 540
 SHAPE = {"layers": 48, "width": 1600, "heads": 25}
+MEDIUM = {"layers": 12, "width": 768, "heads": 12}
 TINY = {"layers": 6, "width": 64, "heads": 2}
 
 
@@ -41,7 +42,7 @@ def measure_numerics(case: Case) -> Case:
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = False
         config = TrainConfig.from_flat(
-            nlayers=6, emsize=64, nhead=2, bptt=64, batch_size=4, precision="fp32"
+            policy="dqn", nlayers=6, emsize=64, nhead=2, bptt=64, batch_size=4, precision="fp32"
         )
         trainer = trainer_of(config, Accelerator(cpu=True))
         model = trainer.model
@@ -148,9 +149,14 @@ def cases(tiny: bool) -> list[tuple[float, Case]]:
                 case = {**shape, "length": length, "checkpointing": checkpointing}
                 found.append((220.0, {"measure": "memory", **case, "independent": independent}))
     tied = {**shape, "independent": 2 if tiny else 7, "length": 64 if tiny else 1024}
-    for part in ("steps", "generate") if tiny else ("steps", "decision", "generate", "compile"):
+    usual = ("steps", "mixture", "generate")
+    for part in usual if tiny else (*usual, "decision", "compile"):
         case = {"measure": "speed", "part": part, "family": "gpt2", "repeats": 2 if tiny else 5}
-        found.append((300.0, {**case, **tied}))
+        more = {"checkpointing": True} if part == "mixture" else {}
+        found.append((300.0, {**case, **tied, **more}))
+    for shape in () if tiny else (SHAPE, MEDIUM):
+        case = {"measure": "speed", "part": "mixture", "repeats": 5, **shape, "length": 1024}
+        found.append((300.0, {**case, "independent": shape["layers"] // 4, "checkpointing": False}))
     return found
 
 
@@ -176,6 +182,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny numbers, to try it out")
     parser.add_argument("--data", help="WikiText-2: a folder with its splits, or a text file")
     parser.add_argument("--tokenizer", default="bpe:8000", help="as for layer-tying train")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="all together; at most 525")
+    parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.output = options.output or (QUICK if options.tiny else RESULTS) / "gpu.json"
@@ -190,10 +198,12 @@ def main() -> None:
         print({k: v for k, v in rows[-1].items() if k not in ("losses", "curve")}, flush=True)
 
     for latest, case in cases(options.tiny):
-        if time.perf_counter() - start < latest:
+        share = latest * options.seconds / BUDGET
+        if case["measure"] in options.measures and time.perf_counter() - start < share:
             run(case)
-    for turns, case in zip((2, 1), pair(options, 0.0), strict=True):
-        left = BUDGET - (time.perf_counter() - start)
+    sides = pair(options, 0.0) if "training" in options.measures else []
+    for turns, case in zip((2, 1), sides, strict=False):
+        left = options.seconds - (time.perf_counter() - start)
         start_up = 5.0 if options.tiny else 25.0
         case["seconds"] = 4.0 if options.tiny else left / turns - start_up
         run(case)

@@ -170,11 +170,13 @@ def _gpu(rows: Sequence[Row]) -> list[str]:
         "independent",
         "peak, MB",
     )
-    return [
+    heads_of_numerics = ("gradient mode", "largest difference of a loss", "of a weight, relative")
+    compared = (
         "20 steps with 5 transitions in float32, against the same on the CPU:",
-        markdown_table(
-            ("gradient mode", "largest difference of a loss", "of a weight, relative"), differences
-        ),
+        markdown_table(heads_of_numerics, differences),
+    )
+    return [
+        *(compared if differences else ()),
         *memory_tables(done["memory"]),
         *speed_tables(done["speed"]),
         "WikiText-2 for as long as there was time, the same for both:",

@@ -25,6 +25,7 @@ def speed_tables(rows: Sequence[Row]) -> list[str]:
     """A titled table a part."""
     tables = {
         "Steps": _steps(of_part(rows, "steps")),
+        "Learned mixtures": _mixtures(of_part(rows, "mixture")),
         "Decisions of the agent": _decisions(of_part(rows, "decision")),
         "Compiled layers": _compiled(of_part(rows, "compile")),
         "Generating": _generating(of_part(rows, "generate")),
@@ -48,6 +49,24 @@ def _steps(rows: Sequence[Row]) -> str:
             label = shape(row) if name == "conventional" else side(row)
             lines.append([f"{label}, {name}", *cells])
     return markdown_table(("seconds (of conventional)", *PARTS), lines)
+
+
+def _mixtures(rows: Sequence[Row]) -> str:
+    heads = ("model", "checkpointing", "tied, s/step", "mixed, s/step", "of tied", "peak, MB more")
+    return markdown_table(
+        heads,
+        [
+            [
+                f"{side(row)}, {row['length']} tokens",
+                "yes" if row["checkpointing"] else "no",
+                f"{row['seconds']['tied']['step']:.3f}",
+                f"{row['seconds']['mixed']['step']:.3f}",
+                f"{row['mixed_of_tied']['step']:.2f}",
+                f"{(row['peaks']['mixed'] - row['peaks']['tied']) / 1e6:,.0f}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _decisions(rows: Sequence[Row]) -> str:

@@ -1,19 +1,17 @@
-"""A benchmark: which way of choosing what is shared trains the best model of a given size.
+"""A benchmark of sharing where depth pays: quality against parameters, time and memory.
 
-Every method trains the same transformer (12 layers x 64, rotary positions) for the same steps
-on the same data in the same order; only the tying differs. Three texts, in two regimes: one pass
-over much of a text, and many over little of it. A third one, `gpt2`, is a pass with the shape that
-the paper trains, twice as wide and ten times as long: it is run when it is asked for by name. Each
-method has the same learning rates to choose from, on validation and for the first seed; test
-figures are only reported.
+In a setting (see `quality_settings.py`) all methods train on the same data in the same order for
+the same steps; only what is shared differs. Conventional training of all layers, of as few as the
+shared ones have parameters, and the learned mixture have three learning rates each, chosen on
+validation with the first seed; the other methods have the mixture's. Test figures are only
+reported.
 
-Runs go through at most two processes of one thread each. A run whose row is there is left alone,
-one that was stopped begins anew. After every run benchmarks/results/quality.json is written, so
-that what was done counts when it is stopped; docs/quality.md and its pictures follow at the end.
+Runs are resumed where they stopped, and a run whose row is in the results is left alone. After
+every run the results are written, so that what was done counts when it is stopped; docs/quality.md
+and its pictures follow at the end.
 
-    python benchmarks/quality.py                                 # all: some 4 hours of two threads
-    python benchmarks/quality.py --sets pydocs --regimes single-epoch --methods sandwich-3 bandit-3
-    python benchmarks/quality.py --sets pydocs --regimes gpt2 --methods conventional bandit-3
+    python benchmarks/quality.py                      # all, one thread a process: days
+    python benchmarks/quality.py --settings khop --methods plain-6 plain-2 mixture-2
 """
 
 from __future__ import annotations
@@ -22,78 +20,38 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable
-from itertools import product
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quality_page import write_page
 from quality_rows import best_rate
+from quality_settings import SETTINGS, Setting, claimed, methods_of, tuned
 
-from layer_tying.data.texts import load_texts
 from layer_tying.errors import InputError
+from layer_tying.files import write_text_whole
 from layer_tying.paper.results import processor
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.processes import Ended, Job, train_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
-SETS = {"pydocs": "bytes", "shake": "bytes", "wiki2": "bpe:4096"}  # name -> tokenizer
-REGIMES = {  # characters of the training text; a run reads 410,000 tokens, of `gpt2` 2 million
-    "single-epoch": {"pydocs": 500_000, "shake": 500_000, "wiki2": 2_000_000},
-    "multi-epoch": {"pydocs": 30_000, "shake": 30_000, "wiki2": 90_000},
-    "gpt2": {"pydocs": 2_000_000, "shake": 2_000_000, "wiki2": 8_000_000},
-}
 INTERRUPTED = 130  # exit code
-HELD_OUT = 48_000  # characters of validation, and of test
-RATES = (2e-3, 4e-3)
-SHAPE: dict[str, Any] = {
-    **{"family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "batch_size": 8},
-    **{"max_steps": 800, "eval_every": 80, "eval_batches": 12, "precision": "bf16"},
-    **{"compile": True, "every": 10, "save_every": 800, "log_every": 80},
-}
-OTHER_SHAPES: dict[str, dict[str, Any]] = {  # of a regime
-    "gpt2": {
-        **{"family": "gpt2", "nhead": 4, "emsize": 128, "bptt": 128, "batch_size": 16},
-        **{"max_steps": 1000, "eval_every": 100, "save_every": 1000, "log_every": 100},
-    }
-}
-SCALED = {"shared_init": "damped"}
-METHODS: dict[str, dict[str, Any]] = {
-    "conventional": {"policy": "none"},
-    **{f"conventional, {m} layers": {"policy": "none", "nlayers": m} for m in (2, 3, 4)},
-    "all": {"policy": "all"},
-    **{
-        f"{name}-{m}": {"policy": name, "groups": m}
-        for m in (2, 3, 4)
-        for name in ("sequence", "cycle", "cycle-reverse", "sandwich")
-    },
-    "middle-loop-4": {"policy": "middle-loop", "groups": 4},
-    "repeat": {"policy": "repeat"},
-    "random": {"policy": "random", "settle": 0.5},
-    "dqn": {"policy": "dqn"},
-    **{f"bandit-{m}": {"policy": "bandit", "budget_layers": m} for m in (2, 3, 4)},
-    "bandit, priced": {"policy": "bandit", "layer_price": 0.02},
-    # What the scaled initial weights alone are worth, without the bandit's decisions.
-    **{f"sandwich-{m}, 1/n": {"policy": "sandwich", "groups": m} | SCALED for m in (2, 3, 4)},
-    "random, 1/n": {"policy": "random", "settle": 0.5, "initial": "sandwich", "groups": 3}
-    | {"budget_layers": 3}
-    | SCALED,
-    "dqn, 1/n": {"policy": "dqn"} | SCALED,
-}
-Run = tuple[str, str, str, float, int]
-NAMES = ("set", "regime", "method", "lr", "seed")  # what tells runs apart
+Run = tuple[str, str, float, int]
+NAMES = ("setting", "method", "lr", "seed")  # what tells runs apart
+FIGURES = (
+    *("validation_perplexity", "test_perplexity", "test_accuracy", "bits_per_byte", "best_step"),
+    *("steps", "tokens", "independent_layers_mean", "trainable_parameters_mean"),
+    *("trainable_parameters_end", "model_state_bytes_mean", "peak_memory_bytes"),
+    *("seconds_per_step", "decision_overhead", "versions"),
+)
 
 
 def main() -> int:
     options = arguments()
     try:
-        first, *others = options.seeds
-        settings = list(product(options.sets, options.regimes, options.methods))
-        train_runs([(*each, rate, first) for each in settings for rate in options.rates], options)
-        rows = collect(options)
-        rates = {each: best_rate(rows, *each) for each in settings}
-        train_runs([(*each, rates[each], seed) for seed in others for each in settings], options)
+        for name in options.settings:
+            benchmark(name, SETTINGS[name], options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
@@ -103,79 +61,96 @@ def main() -> int:
     finally:
         is_committed = options.results.resolve() == RESULTS
         folder = REPOSITORY / "docs" if is_committed else options.results.parent
-        write_page(results_of(rows_so_far(options)), folder)
+        write_page(rows_so_far(options), folder)
     return 0
 
 
+def benchmark(name: str, setting: Setting, options: argparse.Namespace) -> None:
+    """Everything of a setting, what tells most first: a stop leaves the most."""
+    chosen = options.methods or list(methods_of(setting))
+    first, *others = options.seeds
+    middle = options.rates[0] if options.rates else setting.rates[1]
+    rates = options.rates or setting.rates
+
+    def these(methods: Iterable[str]) -> list[str]:
+        return [method for method in methods if method in chosen]
+
+    def train(methods: Iterable[str], rates: Sequence[float], seeds: Sequence[int]) -> None:
+        runs = [(name, m, rate, seed) for seed in seeds for rate in rates for m in these(methods)]
+        train_runs(runs, options)
+
+    def rate_of(method: str) -> float:
+        rows = rows_so_far(options)
+        source = method if method in tuned(setting) else f"mixture-{setting.sets[0]}"
+        return best_rate(rows, name, source) or middle
+
+    train(claimed(setting), [middle], [first])
+    train(tuned(setting), rates, [first])
+    for method in these(methods_of(setting)):
+        train([method], [rate_of(method)], [first])
+    for method in these(claimed(setting)):
+        train([method], [rate_of(method)], others)
+
+
 def train_runs(runs: Iterable[Run], options: argparse.Namespace) -> None:
-    """Train what is not done yet, at most two at a time."""
-    known = known_runs(rows_so_far(options))
-    left = [run for run in runs if run not in known and not has_ended(run, options)]
-    for text, regime, *_ in left:
-        cut(text, regime, options.folder)
-    jobs = [Job(config_of(run, options), " ".join(map(str, run))) for run in left]
+    """Train what is not done yet, several at a time."""
+    known = {tuple(row[name] for name in NAMES) for row in rows_so_far(options)}
+    left = {slug(run): run for run in runs if run not in known}
+    for name in {run[0] for run in left.values()}:
+        cut, folder = SETTINGS[name].cut, options.folder / "data" / name
+        if cut and not (folder / "test.txt").exists():
+            cut(folder)
 
     def on_end(job: Job, ended: Ended) -> None:
         if ended.code not in (0, INTERRUPTED):
             raise InputError(f"{job.name}: {ended.reason}")
         if not ended.code:
-            report(job, options)
+            report(left[job.name], job, options)
 
+    jobs = [Job(config_of(run, options), name) for name, run in left.items()]
     logs = options.folder / "logs"
-    train_all(jobs, options.processes, threads=1, on_end=on_end, overwrite=True, logs=logs)
+    train_all(jobs, options.processes, options.threads, on_end=on_end, resume=True, logs=logs)
 
 
-def report(job: Job, options: argparse.Namespace) -> None:
-    folder = job.config.folder
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    print(job.name, f"{summary['validation_perplexity']:.4f}", flush=True)
-    shutil.rmtree(folder / "checkpoints")
-    collect(options)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    usual = [regime for regime in REGIMES if regime not in OTHER_SHAPES]
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=usual)
-    for name, values in (("sets", SETS), ("methods", METHODS)):
-        parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=list(values))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from")
-    parser.add_argument("--max-steps", type=int, help="to try it out")
-    parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+def report(run: Run, job: Job, options: argparse.Namespace) -> None:
+    """Add the row of a run that has ended to the results."""
+    rows = rows_so_far(options)
+    rows.append(row_of(run, job.config.folder))
+    print(job.name, f"{rows[-1]['validation_perplexity']:.4f}", flush=True)
+    shutil.rmtree(job.config.folder / "checkpoints", ignore_errors=True)
+    result = {"command": "python benchmarks/quality.py", "rows": rows}
+    write_text_whole(options.results, json.dumps(result, indent=1) + "\n")
 
 
 def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
-    text, regime, method, rate, seed = run
-    name = method.replace(", ", "-").replace(" ", "-").replace("/", "-")
-    settings = shape_of(regime) | {
-        "dataset": str(options.folder / "data" / f"{text}-{regime}"),
-        "tokenizer": SETS[text],
-        "lr": rate,
-        "seed": seed,
-        "epochs": 1000,  # as many as the steps take
-        "exp": f"{text}-{regime}/{name}-{rate:g}-{seed}",
-        "output_dir": str(options.folder),
-    }
+    name, method, rate, seed = run
+    setting = SETTINGS[name]
+    flags: dict[str, Any] = {"exp": slug(run), "output_dir": str(options.folder)}
+    flags |= {**setting.flags, **methods_of(setting)[method], "lr": rate, "seed": seed}
+    if setting.cut:
+        flags["dataset"] = str(options.folder / "data" / name)
     if options.max_steps:
-        settings["max_steps"] = options.max_steps
-    return TrainConfig.from_flat(**(settings | METHODS[method]))
+        flags |= {"max_steps": options.max_steps, "eval_every": options.max_steps}
+    return TrainConfig.from_flat(**flags)
 
 
-def shape_of(regime: str) -> dict[str, Any]:
-    return SHAPE | OTHER_SHAPES.get(regime, {})
+def slug(run: Run) -> str:
+    """A run's folder within that of all runs, such as wiki2-bytes/mixture-3-0.002-0."""
+    name, method, rate, seed = run
+    return f"{name}/{method.replace(', ', '-').replace('/', '')}-{rate:g}-{seed}"
 
 
-def has_ended(run: Run, options: argparse.Namespace) -> bool:
-    return (config_of(run, options).folder / "summary.json").exists()
-
-
-def known_runs(rows: Iterable[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    """The runs whose rows are among earlier results."""
-    return {tuple(row[name] for name in NAMES) for row in rows}
+def row_of(run: Run, folder: Path) -> dict[str, Any]:
+    """A run's figures, with all that it takes to make them again."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    row = dict(zip(NAMES, run, strict=True))
+    row |= {name: summary[name] for name in FIGURES if name in summary}
+    row |= {name: summary[name] for name in summary if name.startswith("test_accuracy_k")}
+    row["hardware"] = summary["hardware"] | {"processor": processor()}
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    scored = [line for line in map(json.loads, lines) if "validation_perplexity" in line]
+    row["curve"] = [[x["step"], x["seconds"], x["validation_perplexity"]] for x in scored]
+    return row
 
 
 def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -184,66 +159,19 @@ def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
     return json.loads(options.results.read_text(encoding="utf-8"))["rows"]
 
 
-def cut(text: str, regime: str, folder: Path) -> None:
-    """Write a regime's share of a text, and shorter validation and test texts."""
-    place = folder / "data" / f"{text}-{regime}"
-    if (place / "test.txt").exists():
-        return
-    place.mkdir(parents=True, exist_ok=True)
-    texts = load_texts(text)
-    parts = {
-        "train": texts.train[: REGIMES[regime][text]],
-        "valid": texts.validation[:HELD_OUT],
-        "test": texts.test[:HELD_OUT],
-    }
-    for split, part in parts.items():
-        (place / f"{split}.txt").write_text(part, encoding="utf-8")
-
-
-def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of earlier results and of all runs done since, written down."""
-    rows = rows_so_far(options)
-    known = known_runs(rows)
-    every: Iterable[Run] = product(SETS, REGIMES, METHODS, options.rates, options.seeds)
-    new = [run for run in every if run not in known and has_ended(run, options)]
-    rows += [row_of(run, options) for run in new]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results_of(rows), indent=1) + "\n"
-    options.results.write_text(text, encoding="utf-8")
-    return rows
-
-
-def results_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    settings = {regime: shape_of(regime) for regime in dict.fromkeys(r["regime"] for r in rows)}
-    return {"command": "python benchmarks/quality.py", "settings": settings, "rows": rows}
-
-
-FIGURES = (
-    *("validation_perplexity", "test_perplexity", "bits_per_byte", "best_step"),
-    *("independent_layers_mean", "independent_layers_end", "owners_end"),
-    *("trainable_parameters_mean", "model_state_bytes_mean", "model_state_bytes_peak"),
-    *("seconds_per_step", "decision_overhead", "versions"),
-)
-
-
-def row_of(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """A run's figures, with all that it takes to make them again."""
-    config = config_of(run, options)
-    summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
-    metrics = lines_of(config.folder / "metrics.jsonl")
-    scored = [line["validation_perplexity"] for line in metrics if "validation_perplexity" in line]
-    worths = [line["q"] for line in lines_of(config.folder / "tying.jsonl") if "q" in line]
-    row = dict(zip(NAMES, run, strict=True)) | {name: summary[name] for name in FIGURES}
-    row["hardware"] = summary["hardware"] | {"processor": processor()}
-    row["steps"] = summary["steps"]
-    row["rise_after_the_best"] = scored[-1] / min(scored)
-    if config.tying.policy == "bandit":
-        row["worth"] = [each[-1] for each in worths[-1]]
-    return row
-
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    every = list(dict.fromkeys(m for setting in SETTINGS.values() for m in methods_of(setting)))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=every, help="default: all of a setting")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, help="to choose from, in every setting")
+    parser.add_argument("--max-steps", type=int, help="to try it out")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

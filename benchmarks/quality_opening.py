@@ -1,104 +1,100 @@
-"""The opening of docs/quality.md: what holds and what does not, in five sentences."""
+"""The opening of docs/quality.md: who wins where, by how much, and at what cost in time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping
 
-from quality_rows import FIXED, Groups, best_fixed, front_of, points_of, ratio
+from quality_rows import (
+    GATE,
+    Groups,
+    best_fixed,
+    gap_closed,
+    gate,
+    mean,
+    ratio,
+    step_seconds,
+    steps_to,
+)
+from quality_settings import Setting
 
 
-def what_holds(settings: Sequence[Groups]) -> str:
-    """The sentences as a Markdown list, the bad news first.
+def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
+    """The sentences as a Markdown list, the bad news first."""
+    open_, closed = [], []
+    for name, (setting, groups) in settings.items():
+        share = gate(groups, setting)
+        if share is not None:
+            (open_ if share <= GATE else closed).append((name, share))
+    parts = [_gate(open_, closed)]
+    for name, _ in open_:
+        parts += [_quality(name, *settings[name]), _time(name, *settings[name])]
+    return "\n".join(f"- {part}" for part in parts if part)
 
-    Args:
-        settings: for each text and regime, the runs of each method at its best learning rate.
-    """
-    sentences = (
-        _depth(settings),
-        _equal_parameters(settings),
-        _the_papers_agent(settings),
-        _fixed_patterns(settings),
-        _initial_weights(settings),
+
+def _gate(open_: list[tuple[str, float]], closed: list[tuple[str, float]]) -> str:
+    found = ", ".join(f"`{name}` {1 - share:.1%}" for name, share in [*open_, *closed])
+    shut = ", ".join(f"`{name}`" for name, _ in closed)
+    ending = f" {shut} did not pass and {_is(closed)} not compared." if closed else ""
+    return (
+        f"Depth pays in {len(open_)} of {len(open_) + len(closed)} settings, in the sense that L "
+        f"conventional layers beat k by at least {1 - GATE:.0%} (lower figures by: {found or '-'})."
+        f"{ending}"
     )
-    return "\n".join(f"- {sentence}" for sentence in sentences if sentence)
 
 
-def _depth(settings: Sequence[Groups]) -> str:
-    shares = _ratios(settings, "conventional", "conventional, 3 layers")
+def _is(many: list[tuple[str, float]]) -> str:
+    return "are" if len(many) > 1 else "is"
+
+
+def _quality(name: str, setting: Setting, groups: Groups) -> str:
+    ours = f"mixture-{setting.sets[0]}"
+    to_deep = ratio(groups, setting, ours, setting.deep)
+    to_rival = ratio(groups, setting, ours, setting.rival)
+    closed = gap_closed(groups, setting, ours)
+    if to_deep is None or to_rival is None or closed is None:
+        return ""
+    parameters = mean(groups[ours], "trainable_parameters_mean")
+    share = parameters / mean(groups[setting.deep], "trainable_parameters_mean")
+    what = "error" if setting.accuracy else "perplexity"
+    fixed = best_fixed(groups, setting)
+    to_fixed = ratio(groups, setting, ours, fixed) if fixed else None
+    rest = f", and {to_fixed:.3f} times that of `{fixed}`" if to_fixed else ""
+    return (
+        f"`{name}`: `{ours}` has {to_deep:.3f} times the {what} of `{setting.deep}` with "
+        f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
+        f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
+        f"`{setting.rival}` and `{setting.deep}` ({len(groups[ours])} seed(s))."
+    )
+
+
+def _time(name: str, setting: Setting, groups: Groups) -> str:
+    """When the mixture gets near the deep model, and past the shallow one, by their times."""
+    ours = f"mixture-{setting.sets[0]}"
+    near = _time_to(groups, ours, setting.deep, 1.05)
+    past = _time_to(groups, ours, setting.rival, 1.0)
+    if near is None and past is None:
+        return ""
+    deep = f"{near:.2f} times" if near else "more than"
+    shallow = f"in {past:.1f} times its training time" if past else "never"
+    return (
+        f"`{name}`, against time: `{ours}` reaches the final validation perplexity of "
+        f"`{setting.deep}` + 5 % in {deep} the time that `{setting.deep}` trained, and that of "
+        f"`{setting.rival}` {shallow}."
+    )
+
+
+def _time_to(groups: Groups, ours: str, other: str, factor: float) -> float | None:
+    """The time to the other's final figure times a factor, by the time that the other trained."""
+    shares = []
+    for row in groups.get(ours, []):
+        for rival in groups.get(other, []):
+            if row["seed"] == rival["seed"]:
+                trained, _, final = rival["curve"][-1]
+                reached = steps_to(row, final * factor)
+                if reached is None:
+                    return None
+                shares.append(reached / trained)
     if not shares:
-        return ""
-    pays = sum(share <= 0.95 for share in shares)
-    return (
-        f"Depth pays in {pays} of {len(shares)} settings, in the sense that a conventional model "
-        f"of 12 layers beats one of 3 layers by at least 5 % ({_range(shares)} times its "
-        f"perplexity); where it does not pay, the figures compare methods of sharing with each "
-        f"other, and do not show what sharing can gain."
-    )
-
-
-def _equal_parameters(settings: Sequence[Groups]) -> str:
-    shares = _ratios(settings, "bandit-3", "conventional, 3 layers")
-    if not shares:
-        return ""
-    on_front = [groups for groups in settings if "bandit, priced" in groups and _on_front(groups)]
-    priced = sum("bandit, priced" in groups for groups in settings)
-    return (
-        f"At equal parameters, the bandit beats the conventional model of 3 layers in "
-        f"{_wins(shares)} settings ({_range(shares)} times its perplexity), and a number of layers "
-        f"that it chooses itself is on the Pareto front in {len(on_front)} of {priced}."
-    )
-
-
-def _the_papers_agent(settings: Sequence[Groups]) -> str:
-    shares = _ratios(settings, "bandit-3", "dqn")
-    if not shares:
-        return ""
-    mark = "**" if max(shares) <= 1 else ""
-    return (
-        f"{mark}The bandit beats the paper's agent in {_wins(shares)} settings{mark}, with "
-        f"{_range(shares)} times its perplexity."
-    )
-
-
-def _fixed_patterns(settings: Sequence[Groups]) -> str:
-    parts = []
-    for m in FIXED:
-        found = ((g, best_fixed(g, m)) for g in settings)
-        shares = [ratio(g, f"bandit-{m}", best) or 0.0 for g, best in found if best]
-        if shares:
-            parts.append(f"{_wins(shares)} settings with {m} independent layers")
-    if not parts:
-        return ""
-    return (
-        f"The bandit is at least as good as the best fixed pattern of its size in "
-        f"{', '.join(parts)}."
-    )
-
-
-def _initial_weights(settings: Sequence[Groups]) -> str:
-    fixed = _ratios(settings, "bandit-3", "sandwich-3")
-    scaled = _ratios(settings, "bandit-3", "sandwich-3, 1/n")
-    if not fixed or not scaled:
-        return ""
-    return (
-        f"The bandit has {_range(fixed)} times the perplexity of `sandwich-3` with standard "
-        f"initial weights, and {_range(scaled)} times that of `sandwich-3` with 1/n residual "
-        f"scaling of the initial weights, from which it starts: the difference is the gain from "
-        f"the scaling alone."
-    )
-
-
-def _ratios(settings: Sequence[Groups], one: str, other: str) -> list[float]:
-    return [share for groups in settings if (share := ratio(groups, one, other)) is not None]
-
-
-def _wins(shares: Sequence[float]) -> str:
-    return f"{sum(round(share, 3) <= 1 for share in shares)} of {len(shares)}"
-
-
-def _range(shares: Sequence[float]) -> str:
-    return f"{min(shares):.2f} to {max(shares):.2f}"
-
-
-def _on_front(groups: Groups) -> bool:
-    return "bandit, priced" in front_of(points_of(groups, "model_state_bytes_mean"))
+        return None
+    return statistics.fmean(shares) * step_seconds(groups[ours]) / step_seconds(groups[other])

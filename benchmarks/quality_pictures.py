@@ -1,105 +1,106 @@
-"""The two pictures of the benchmark: quality by model state, and by the number of layers."""
+"""The pictures of the benchmark: quality against parameters, training memory and time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from quality_rows import FIXED, Groups, Row, at_best_rate, front_of, mean, points_of
+from matplotlib.ticker import ScalarFormatter
+from quality_rows import Groups, front_of, mean, mean_figure, step_seconds
+from quality_settings import Setting
 
 from layer_tying.report.style import STYLE
 
 KINDS = {  # prefix of a method -> name, marker, colour (of Okabe and Ito)
-    "conventional": ("conventional", "s", "#000000"),
-    "bandit": ("bandit", "*", "#D55E00"),
+    "plain": ("conventional, labelled with its layers", "s", "#000000"),
+    "narrow": ("conventional, of half the width", "D", "#000000"),
+    "mixture": ("learned mixtures", "*", "#D55E00"),
+    "bandit": ("bandit", "^", "#CC79A7"),
     "dqn": ("the paper's agent", "X", "#0072B2"),
     "random": ("random changes", "P", "#56B4E9"),
-    "": ("fixed patterns (hollow: 1/n scaled)", "o", "#999999"),
+    "": ("fixed patterns (hollow: unscaled)", "o", "#009E73"),
 }
+Settings = Mapping[str, tuple[Setting, Groups]]
 
 
-def draw_panels(
-    rows: Sequence[Row],
-    settings: Sequence[tuple[str, str]],
-    draw: Callable[[Any, Groups], None],
-) -> Figure:
-    """A panel for each text and regime."""
-    columns = min(3, len(settings))
+def draw_panels(settings: Settings, draw: Callable[[Any, Setting, Groups], None]) -> Figure:
+    """A panel for each setting."""
+    columns = min(2, len(settings))
     lines = math.ceil(len(settings) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+        figure = Figure(figsize=(4.8 * columns, 3.6 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes, (text, regime) in zip(panels, settings, strict=False):
-            draw(axes, at_best_rate(rows, text, regime))
-            axes.set_title(f"{text}, {regime}", loc="left")
-            axes.set_ylabel("perplexity, test")
+        for axes, (name, (setting, groups)) in zip(panels, settings.items(), strict=False):
+            draw(axes, setting, groups)
+            axes.set_title(name, loc="left")
         for axes in panels[len(settings) :]:
             axes.set_visible(False)
-        _legend(figure)
+        methods = [name for _, groups in settings.values() for name in groups]
+        _legend(figure, {_kind(name) for name in methods}, ncols=columns)
         figure.canvas.draw()
     return figure
 
 
-def draw_patterns(axes: Any, groups: Groups) -> None:
-    """Perplexity by the mean number of independent layers, up to five of them."""
-    points = {
-        name: point
-        for name, point in points_of(groups, "independent_layers_mean").items()
-        if point[0] <= 5 and not name.startswith("conventional")
-    }
-    _plot(axes, points)
-    if "conventional" in groups:
-        level = mean(groups["conventional"], "test_perplexity")
-        axes.axhline(level, color="#000000", linestyle="--", linewidth=1)
-    for m, names in FIXED.items():
-        rivals = {name: points[name] for name in names if name in points}
-        if rivals:
-            best = min(rivals, key=lambda name: rivals[name][1])
-            axes.text(m + 0.12, rivals[best][1], best, va="center", fontsize=7)
-    axes.set_xlabel("independent layers, mean over training")
-    axes.set_xlim(0.4, 5.2)
+def _legend(figure: Figure, kinds: set[str], ncols: int) -> None:
+    marks = [
+        Line2D([], [], marker=marker, color=colour, linestyle="none", label=name)
+        for kind, (name, marker, colour) in KINDS.items()
+        if kind in kinds
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=ncols, frameon=False)
 
 
-def draw_front(axes: Any, groups: Groups) -> None:
-    """Perplexity by the mean model state; those that nothing beats in both are joined."""
-    points = {
-        name: (size / 1e6, figure)
-        for name, (size, figure) in points_of(groups, "model_state_bytes_mean").items()
-    }
-    axes.plot(
-        *zip(*sorted(front_of(points).values()), strict=True),
-        color="#999999",
-        linewidth=1,
-        zorder=0,
-    )
-    _plot(axes, points)
-    for name, (x, y) in points.items():
-        kind, _, layers = name.partition(", ")
-        if kind == "conventional":
-            axes.text(x, y, f"   {layers or '12 layers'}", va="center", fontsize=7)
-    axes.set_xlabel("model state, mean over training, MB")
+def draw_against(size: str, label: str) -> Callable[[Any, Setting, Groups], None]:
+    """Draws the figure against an entry of the rows, in millions; the Pareto front is joined."""
+
+    def draw(axes: Any, setting: Setting, groups: Groups) -> None:
+        points = {
+            name: (mean(rows, size) / 1e6, mean_figure(rows, setting))
+            for name, rows in groups.items()
+        }
+        front = sorted(front_of(points).values())
+        axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+        for name, point in points.items():
+            marker, colour, filling = _style(name)
+            axes.plot(*point, marker, color=colour, markerfacecolor=filling)
+            if name.startswith("plain"):
+                axes.text(*point, f"   {name.rpartition('-')[2]}", va="center", fontsize=7)
+        axes.set_xlabel(label)
+        axes.set_ylabel("error, test" if setting.accuracy else "perplexity, test")
+        axes.margins(x=0.15)
+
+    return draw
+
+
+def draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
+    """Validation perplexity against time: conventional training, cycle and mixture, one seed."""
+    k = setting.sets[0]
+    for name in (setting.deep, setting.rival, f"cycle-{k}, 1/n", f"mixture-{k}"):
+        if name not in groups:
+            continue
+        _, colour, _ = _style(name)
+        steps, _, perplexities = zip(*groups[name][0]["curve"], strict=True)
+        minutes = [step * step_seconds(groups[name]) / 60 for step in steps]
+        line = ":" if name == setting.rival else "-"
+        axes.plot(minutes, perplexities, line, color=colour, linewidth=1)
+        axes.text(minutes[-1], perplexities[-1], f" {name}", fontsize=7, va="center")
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("perplexity, validation")
     axes.margins(x=0.2)
 
 
-def _plot(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    for name, point in points.items():
-        _, marker, colour = next(look for kind, look in KINDS.items() if name.startswith(kind))
-        filling = "white" if name.endswith("1/n") else colour
-        size = 10 if marker == "*" else 6
-        axes.plot(*point, marker, color=colour, markerfacecolor=filling, markersize=size)
-        if name.startswith("bandit"):
-            axes.annotate(
-                name[7:].strip(), point, (-9, -10), textcoords="offset points", fontsize=7
-            )
+def _style(name: str) -> tuple[str, str, str]:
+    kind = _kind(name)
+    _, marker, colour = KINDS[kind]
+    is_hollow = (kind == "" and "1/n" not in name) or "unscaled" in name
+    return marker, colour, "white" if is_hollow else colour
 
 
-def _legend(figure: Figure) -> None:
-    marks = [
-        Line2D([], [], marker=marker, color=colour, linestyle="none", label=name)
-        for name, marker, colour in KINDS.values()
-    ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
+def _kind(name: str) -> str:
+    return next(kind for kind in KINDS if name.startswith(kind))

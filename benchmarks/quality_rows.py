@@ -1,102 +1,111 @@
-"""Figures from the rows of the benchmark: the best runs of each method, ratios, the front."""
+"""Figures from the rows of the benchmark: the runs that count, ratios, the gate, the front."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import spearmanr
-
-from layer_tying.core.patterns import pattern
+from quality_settings import SETTINGS, Setting
 
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # method -> its runs at its best learning rate
-SCHEMES = ("sequence", "cycle", "cycle-reverse", "sandwich")
-FIXED = {m: [f"{name}-{m}" for name in SCHEMES] for m in (2, 3, 4)}
-FIXED[4].append("middle-loop-4")
+GATE = 0.95  # depth pays where L layers have at most this share of the figure of k layers
 
 
-def best_rate(rows: Sequence[Row], text: str, regime: str, method: str) -> float:
+def best_rate(rows: Sequence[Row], setting: str, method: str) -> float | None:
     """The learning rate with the lowest validation perplexity of the first seed."""
-    mine = [r for r in of(rows, text, regime) if r["method"] == method]
+    mine = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
+    if not mine:
+        return None
     first = min(r["seed"] for r in mine)
     tried = [r for r in mine if r["seed"] == first]
     return min(tried, key=lambda r: r["validation_perplexity"])["lr"]
 
 
-def of(rows: Sequence[Row], text: str, regime: str) -> list[Row]:
-    return [r for r in rows if (r["set"], r["regime"]) == (text, regime)]
+def at_best_rate(rows: Sequence[Row], setting: str) -> Groups:
+    """Each method's runs at its best learning rate, in the order of the methods."""
+    mine = [r for r in rows if r["setting"] == setting]
+    groups: Groups = {}
+    for method in dict.fromkeys(r["method"] for r in mine):
+        rate = best_rate(mine, setting, method)
+        groups[method] = [r for r in mine if (r["method"], r["lr"]) == (method, rate)]
+    return groups
 
 
-def at_best_rate(rows: Sequence[Row], text: str, regime: str) -> Groups:
-    """Each method's runs at its best learning rate."""
-    mine = of(rows, text, regime)
-    best = {
-        name: best_rate(rows, text, regime, name)
-        for name in dict.fromkeys(r["method"] for r in mine)
-    }
+def settings_of(rows: Sequence[Row]) -> dict[str, tuple[Setting, Groups]]:
+    """The settings that have been run, with their groups."""
+    run = {r["setting"] for r in rows}
     return {
-        name: [r for r in mine if r["method"] == name and r["lr"] == rate]
-        for name, rate in best.items()
+        name: (setting, at_best_rate(rows, name))
+        for name, setting in SETTINGS.items()
+        if name in run
     }
+
+
+def figure(row: Row, setting: Setting) -> float:
+    """What is compared, the lower the better: test perplexity, or the test error."""
+    return 1 - row["test_accuracy"] if setting.accuracy else row["test_perplexity"]
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(r[name] for r in rows)
 
 
-def ratio(groups: Groups, one: str, other: str) -> float | None:
-    """The ratio of two methods' mean test perplexities, over the seeds that both have."""
-    seeds = common_seeds(groups, one, other)
+def mean_figure(rows: Sequence[Row], setting: Setting) -> float:
+    return statistics.fmean(figure(r, setting) for r in rows)
+
+
+def ratio(groups: Groups, setting: Setting, one: str, other: str) -> float | None:
+    """The ratio of two methods' mean figures, over the seeds that both have."""
+    ours, theirs = groups.get(one, []), groups.get(other, [])
+    seeds = {r["seed"] for r in ours} & {r["seed"] for r in theirs}
     if not seeds:
         return None
-    ours, theirs = (
-        statistics.fmean(r["test_perplexity"] for r in groups[name] if r["seed"] in seeds)
-        for name in (one, other)
+    above, below = (
+        mean_figure([r for r in rows if r["seed"] in seeds], setting) for rows in (ours, theirs)
     )
-    return ours / theirs
+    return above / below
 
 
-def common_seeds(groups: Groups, one: str, other: str) -> set[int]:
-    ours, theirs = ({r["seed"] for r in groups.get(name, [])} for name in (one, other))
-    return ours & theirs
+def gate(groups: Groups, setting: Setting) -> float | None:
+    """The figure of L layers by that of k layers; depth pays where it is at most `GATE`."""
+    return ratio(groups, setting, setting.deep, setting.rival)
 
 
-def best_fixed(groups: Groups, m: int) -> str | None:
-    """The fixed pattern of m independent layers that is hardest to beat for the bandit."""
-    shares = {name: ratio(groups, f"bandit-{m}", name) for name in FIXED[m]}
-    known = {name: share for name, share in shares.items() if share}
-    return max(known, key=lambda name: known[name]) if known else None
+def gap_closed(groups: Groups, setting: Setting, method: str) -> float | None:
+    """(plain-k - x) / (plain-k - plain-L), over the seeds that all three have."""
+    three = [groups.get(name, []) for name in (method, setting.rival, setting.deep)]
+    seeds = set.intersection(*({r["seed"] for r in rows} for rows in three))
+    if not seeds:
+        return None
+    ours, rival, deep = (
+        mean_figure([r for r in rows if r["seed"] in seeds], setting) for rows in three
+    )
+    return (rival - ours) / (rival - deep) if rival != deep else None
 
 
-def points_of(groups: Groups, size: str) -> dict[str, tuple[float, float]]:
-    return {n: (mean(rows, size), mean(rows, "test_perplexity")) for n, rows in groups.items()}
+def best_fixed(groups: Groups, setting: Setting) -> str | None:
+    """The best fixed pattern of k groups with scaled uses."""
+    end = f"-{setting.sets[0]}, 1/n"
+    names = [name for name in groups if name.endswith(end)]
+    return min(names, key=lambda name: mean_figure(groups[name], setting), default=None)
 
 
-def front_of(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+def step_seconds(rows: Sequence[Row]) -> float:
+    """Seconds of a method's training step: of its fastest run, which other work held up least."""
+    return min(r["seconds_per_step"] for r in rows)
+
+
+def steps_to(row: Row, perplexity: float) -> int | None:
+    """Steps of a run until its validation perplexity was at most so much, or None."""
+    return next((step for step, _, reached in row["curve"] if reached <= perplexity), None)
+
+
+def front_of(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """The Pareto front: the points that no other point equals or beats in both coordinates."""
     return {
         name: point
         for name, point in points.items()
         if not any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in points.values())
     }
-
-
-def rank_correlation(groups: Groups) -> str:
-    """Spearman's, between the bandit's estimates of fixed patterns and their perplexities."""
-    if "bandit-3" not in groups:
-        return ""
-    predicted, measured = [], []
-    for name, rows in groups.items():
-        kind, _, number = name.rpartition("-")
-        if kind in ("sequence", "sandwich") and number.isdecimal():
-            owners = pattern(kind, 12, int(number)).independent_layers
-            worths = [r["worth"] for r in groups["bandit-3"]]
-            predicted.append(statistics.fmean(sum(w[i] for i in owners) for w in worths))
-            measured.append(-math.log(mean(rows, "test_perplexity")))
-    if len(predicted) < 4:
-        return ""
-    correlation = spearmanr(predicted, measured)[0]
-    return f"{correlation:.2f} ({len(predicted)})"

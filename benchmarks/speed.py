@@ -6,6 +6,7 @@ sequence a step.
 
 - ``steps``: forward, backward and optimizer of a step: conventional, ``sum`` and ``owner``.
 - ``decision``: a decision of the agent, with its transition and evaluation, in training steps.
+- ``mixture``: a step of learned mixtures against one of a tied model, with 1,024 tokens.
 - ``compile``: compiled layers against eager ones, and graphs compiled over 20 transitions, in the
   setting in which the command trains.
 - ``generate``: tokens a second with a KV cache, loaded compactly and expanded.
@@ -19,33 +20,19 @@ sequence a step.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 
-import torch
-from common import (
-    DEVICE,
-    Case,
-    adamw,
-    arguments,
-    batch,
-    gpt2,
-    measure_all,
-    random_tying,
-    run_case_or,
-)
+from common import Case, arguments, batch, measure_all, random_tying, run_case_or
 from speed_compile import measure_compile
 from speed_generate import FORMATS, measure_generation, measure_loading, write_export
-from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from speed_mixture import measure_mixture
+from speed_sides import both_sides, fastest, now, side, timed_step
 
 from layer_tying.core.tied_layers import TiedLayers
-from layer_tying.core.tying import Tying
 from layer_tying.dynamic import DynamicTying
 from layer_tying.tasks.cross_entropy import language_model_loss
 from layer_tying.tasks.evaluation import evaluating
 
-Side = tuple[PreTrainedModel, Optimizer]
 LARGE = {"layers": 48, "width": 1600, "heads": 25, "independent": 7, "length": 256, "repeats": 3}
 SMALL = {"layers": 12, "width": 768, "heads": 12, "independent": 3, "length": 256, "repeats": 7}
 QUICK_SHAPE = SMALL | {"width": 256, "heads": 4, "length": 64, "repeats": 3}
@@ -53,46 +40,6 @@ COMPILED = {  # as the command trains, so of its sizes
     "gpt2": {"layers": 12, "width": 128, "heads": 4, "independent": 3, "repeats": 15},
     "llama": {"layers": 12, "width": 128, "heads": 4, "independent": 3, "repeats": 15},
 }
-
-
-def side(case: Case, tying: Tying) -> Side:
-    torch.manual_seed(0)
-    model = gpt2(case["layers"], case["width"], case["heads"], case["length"], tying)
-    return model, adamw(model)
-
-
-def both_sides(case: Case) -> tuple[Side, Side]:
-    """The conventional model and the tied one."""
-    tying = random_tying(case["layers"], case["independent"], seed=0)
-    return side(case, Tying.independent(case["layers"])), side(case, tying)
-
-
-def timed_step(model: PreTrainedModel, optimizer: Optimizer, length: int) -> dict[str, float]:
-    """Seconds of each part of a training step, and of all of it."""
-    marks = [now()]
-    loss = language_model_loss(model, *batch(length))
-    marks.append(now())
-    loss.backward()
-    marks.append(now())
-    optimizer.step()
-    optimizer.zero_grad()
-    marks.append(now())
-    parts = {
-        name: marks[i + 1] - marks[i] for i, name in enumerate(("forward", "backward", "optimizer"))
-    }
-    return {**parts, "step": marks[-1] - marks[0]}
-
-
-def now() -> float:
-    """The time when the device has done what it was given."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def fastest(repeats: list[dict[str, float]]) -> dict[str, float]:
-    """The minimum of each part over the repeats."""
-    return {name: min(each[name] for each in repeats) for name in repeats[0]}
 
 
 def measure_steps(case: Case) -> Case:
@@ -145,6 +92,7 @@ def measure_decision(case: Case) -> Case:
 PARTS = {
     "steps": measure_steps,
     "decision": measure_decision,
+    "mixture": measure_mixture,
     "compile": measure_compile,
     "generate": measure_generation,
     "load": measure_loading,
@@ -163,6 +111,12 @@ def cases(is_quick: bool, parts: Iterable[str]) -> Iterator[Case]:
         for part in parts:
             if part == "load":
                 yield from ({"part": part, **shape, "format": format} for format in FORMATS)
+            elif part == "mixture":
+                length = {"length": 64 if is_quick else 1024}
+                yield from (
+                    {"part": part, **shape, **length, "checkpointing": checkpointing}
+                    for checkpointing in (True, False)
+                )
             elif part != "compile":
                 yield {"part": part, **shape}
     if "compile" in parts:

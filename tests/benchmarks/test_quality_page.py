@@ -1,4 +1,4 @@
-"""The quality page, from constructed rows: which learning rate counts, which method is better."""
+"""The quality page, from constructed rows: the gate, which learning rate counts, who is better."""
 
 import json
 import sys
@@ -11,92 +11,126 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from quality_opening import what_holds  # noqa: E402
 from quality_page import write_page  # noqa: E402
-from quality_rows import at_best_rate, best_rate  # noqa: E402
+from quality_rows import (  # noqa: E402
+    at_best_rate,
+    best_fixed,
+    front_of,
+    gap_closed,
+    gate,
+    settings_of,
+)
+from quality_settings import SETTINGS, claimed, methods_of, tuned  # noqa: E402
+
+from layer_tying.runs.config import TrainConfig  # noqa: E402
+
+WIKI2 = SETTINGS["wiki2-bytes"]
 
 
-def row(method, lr, seed, perplexities, size=3.0, **more):
-    validation, test = perplexities
+def row(method, test, lr=2e-3, seed=0, validation=None, **more):
+    validation = validation or test
     return {
-        **{"set": "pydocs", "regime": "single-epoch", "method": method, "lr": lr},
-        **{"seed": seed, "validation_perplexity": validation, "test_perplexity": test},
-        "rise_after_the_best": 1.25,
-        **{"bits_per_byte": 2.5, "independent_layers_mean": size, "independent_layers_end": 3},
-        **{"model_state_bytes_mean": size * 1e6, "model_state_bytes_peak": 4e6},
-        **{"seconds_per_step": 0.1, "decision_overhead": 0.01, "steps": 400},
-        **{"hardware": {"processor": "a CPU"}, "versions": {"torch": "2.0"}, **more},
+        **{"setting": "wiki2-bytes", "method": method, "lr": lr, "seed": seed},
+        **{"validation_perplexity": validation, "test_perplexity": test},
+        **{"trainable_parameters_mean": 6e5 if method == "plain-12" else 2e5},
+        **{"model_state_bytes_mean": 1e7, "seconds_per_step": 0.1},
+        "curve": [[10, 100.0, 2 * validation], [20, 200.0, validation]],
+        **{"hardware": {"device": "cpu"}, "versions": {"torch": "2.0"}, **more},
     }
 
 
 @pytest.fixture
 def rows():
-    worth = [0.0, 0.3, *[0.0] * 9, 0.1]
-    sizes = {"sequence-2": 2, "sequence-3": 3, "sequence-4": 4, "sandwich-2": 2, "sandwich-4": 4}
-    figures = {
-        "sequence-2": 9,
-        "sequence-3": 8,
-        "sequence-4": 7.5,
-        "sandwich-2": 7,
-        "sandwich-4": 6,
-    }
     return [
-        row("conventional", 1e-3, 0, (6.0, 6.1), 12),
-        row("conventional", 2e-3, 0, (5.0, 5.2), 12),
-        row("conventional", 2e-3, 1, (5.0, 5.4), 12),
-        row("conventional", 1e-3, 1, (1.0, 1.0), 12),  # better, but not of the first seed
-        *(row(name, 2e-3, 0, (figures[name],) * 2, sizes[name]) for name in sizes),
-        row("sandwich-3", 2e-3, 0, (7.0, 6.5)),
-        row("bandit-3", 2e-3, 0, (6.9, 6.37), worth=worth),
-        row("sandwich-3, 1/n", 2e-3, 0, (7.0, 7.0)),
-        row("bandit, priced", 2e-3, 0, (8.0, 8.1), 5.0),
-        row("random", 2e-3, 0, (9.0, 9.1)),
+        row("plain-12", 4.1, lr=1e-3),
+        row("plain-12", 3.0),
+        row("plain-12", 3.2, seed=1),
+        row("plain-12", 1.0, lr=1e-3, seed=1),  # better, but not of the first seed
+        row("plain-3", 4.0),
+        row("plain-3", 4.2, seed=1),
+        row("plain-3", 5.0, seed=2),  # a seed that the deep model does not have
+        row("mixture-3", 3.25),
+        row("cycle-3, 1/n", 3.5),
+        row("sandwich-3, 1/n", 3.4),
+        row("cycle-3", 3.3),
     ]
 
 
 def test_the_first_seed_chooses_the_rate_on_validation(rows):
-    assert best_rate(rows, "pydocs", "single-epoch", "conventional") == 2e-3
-    chosen = at_best_rate(rows, "pydocs", "single-epoch")["conventional"]
-    assert [r["test_perplexity"] for r in chosen] == [5.2, 5.4]
+    chosen = at_best_rate(rows, "wiki2-bytes")["plain-12"]
+    assert [r["test_perplexity"] for r in chosen] == [3.0, 3.2]
 
 
-def test_the_page_compares_the_methods(rows, tmp_path):
-    shape = {"family": "llama", "nlayers": 12, "emsize": 64, "batch_size": 16, "bptt": 128}
-    write_page({"rows": rows, "settings": {"single-epoch": shape}}, tmp_path)
-    page = (tmp_path / "quality.md").read_text()
-    trained = "single-epoch: 12 layers x 64, rotary positions, 400 steps of 16 x 128 tokens"
-    assert f"({trained})" in page
-    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
-    lines = [[cell.strip() for cell in line] for line in lines]
-    places = {line[0]: place for place, line in enumerate(lines)}
-    figures = ["5.300 ± 0.141", "2.500", "5.000", "1.25", "12.00"]
-    assert lines[places["conventional"]][1:6] == figures
-    assert [line[1] for line in lines[:14] if not line[0].startswith(":")] == [
-        "pydocs, single-epoch",
-        *("", "**0.980** (1) sandwich-3", ""),  # of the best fixed pattern of 2, 3 and 4 layers
-        *("1.225 (1)", "", "**0.980** (1)", "**0.910** (1)", "**0.700** (1)", "", ""),
-        # worths: sequence 0, sandwich-2 0.3, -3 and -4 0.4; perplexities 9, 8, 7.5, 7, 6.5, 6
-        *("0.93 (6)", "5.0, no"),
-    ]
-    assert places["conventional"] < places["sandwich-4"] < places["random"]
-    for name in ("front", "patterns"):
+def test_ratios_count_the_seeds_that_both_have(rows):
+    groups = at_best_rate(rows, "wiki2-bytes")
+    assert gate(groups, WIKI2) == pytest.approx(6.2 / 8.2)
+    assert gap_closed(groups, WIKI2, "mixture-3") == pytest.approx(0.75)  # of seed 0 alone
+    assert gap_closed(groups, WIKI2, "plain-3") == 0
+    assert best_fixed(groups, WIKI2) == "sandwich-3, 1/n"  # not the unscaled one
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    points = {"a": (1.0, 5.0), "b": (2.0, 3.0), "c": (3.0, 4.0), "d": (3.0, 3.0)}
+    assert set(front_of(points)) == {"a", "b"}
+
+
+def test_the_opening_says_who_wins_and_at_what_cost(rows):
+    depth, quality, time = what_holds(settings_of(rows)).splitlines()
+    assert "pays in 1 of 1 settings" in depth
+    assert "`wiki2-bytes` 24.4%" in depth
+    assert "1.083 times the perplexity of `plain-12` with 33% of its parameters" in quality
+    assert "0.812 times that of `plain-3`" in quality
+    assert "0.956 times that of `sandwich-3, 1/n`" in quality
+    assert "closes 75% of the gap" in quality
+    # 3.25 is more than 3.0 * 1.05, and it passes 4.0 at the last validation, after 200 of 200 s
+    assert "more than the time" in time
+    assert "in 1.0 times its training time" in time
+
+
+def test_a_setting_in_which_depth_does_not_pay_is_not_compared(rows, tmp_path):
+    rows = [r for r in rows if r["method"] != "plain-12"] + [row("plain-12", 3.9)]
+    write_page(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "pays in 0 of 1 settings" in page
+    assert "depth is worth 2.5%. Nothing is compared." in page
+    assert "mixture-3 " not in page
+    assert "![" not in page
+
+
+def test_the_page_has_a_table_with_spread_and_three_pictures(rows, tmp_path):
+    write_page(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in x.split("|")] for x in page.splitlines() if x[:1] == "|"]
+    cells = {line[1]: line[2:] for line in lines}
+    assert cells["plain-12"][:4] == ["3.1000 ± 0.1414", "1.000", "0.756", "100%"]
+    assert cells["mixture-3"][:4] == ["3.2500", "1.083", "0.812", "75%"]
+    for name in ("parameters", "memory", "time"):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
+
+
+def test_accuracies_are_compared_as_errors(tmp_path):
+    hops = {f"test_accuracy_k{k}": 0.5 for k in (1, 2)}
+    rows = [
+        row(name, 2.0, setting="khop", test_accuracy=accuracy, **hops)
+        for name, accuracy in (("plain-6", 0.99), ("plain-2", 0.8), ("mixture-2", 0.98))
+    ]
+    write_page(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "2.000 times the error of `plain-6`" in page
+    assert "| 50.0 |" in page
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_method_is_a_valid_run(name):
+    setting = SETTINGS[name]
+    methods = methods_of(setting)
+    assert {setting.deep, setting.rival} < set(methods)
+    assert set(tuned(setting)) < set(claimed(setting)) <= set(methods)
+    for flags in methods.values():
+        TrainConfig.from_flat(**{**setting.flags, **flags})
 
 
 def test_the_page_of_the_committed_results_is_made(tmp_path):
     results = json.loads((REPOSITORY / "benchmarks/results/quality.json").read_text())
-    write_page(results, tmp_path)
-    assert (tmp_path / "quality.md").read_text().count("\n## ") > 3
-
-
-def test_the_opening_says_what_holds(rows):
-    settings = [at_best_rate(rows, "pydocs", "single-epoch")]
-    assert len(what_holds(settings).splitlines()) == 2
-    rows += [row("conventional, 3 layers", 2e-3, 0, (6.0, 6.5)), row("dqn", 2e-3, 0, (9.0, 7.0))]
-    settings = [at_best_rate(rows, "pydocs", "single-epoch")]
-    depth, equal, agent, fixed, initial = what_holds(settings).splitlines()
-    assert "pays in 1 of 1 settings" in depth
-    assert "0.80 to 0.80 times" in depth
-    assert "in 1 of 1 settings (0.98 to 0.98 times its perplexity)" in equal
-    assert "is on the Pareto front in 0 of 1" in equal
-    assert "**The bandit beats the paper's agent in 1 of 1 settings**, with 0.91 to 0.91" in agent
-    assert fixed.endswith("in 1 of 1 settings with 3 independent layers.")
-    assert "0.91 to 0.91 times that of `sandwich-3` with 1/n" in initial
+    write_page(results["rows"], tmp_path)
+    committed = (REPOSITORY / "docs/quality.md").read_text(encoding="utf-8")
+    assert (tmp_path / "quality.md").read_text(encoding="utf-8") == committed

@@ -1,0 +1,142 @@
+"""The settings and the methods of the benchmark of sharing, as records.
+
+To add a setting, add its record to `SETTINGS`; to add a method, a line to `methods_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layer_tying.data.texts import load_texts
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data, a shape and a number of steps, the same for all methods.
+
+    Attributes:
+        about: what is trained, in one line of the page.
+        flags: of `layer-tying train`; `nlayers` is L, and `emsize` the width of every method but
+            the narrow one.
+        sets: k, how many layers' parameters the shared methods and their rival have.
+        rates: learning rates to choose from; the middle one is tried first.
+        accuracy: whether the figure is an accuracy, to be maximised, and not a perplexity.
+        cut: writes the data into a folder, where they are a part of a text.
+    """
+
+    about: str
+    flags: Flags
+    sets: tuple[int, ...] = (3,)
+    rates: tuple[float, float, float] = (1e-3, 2e-3, 4e-3)
+    accuracy: bool = False
+    cut: Callable[[Path], None] | None = None
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers."""
+        return self.flags["nlayers"]
+
+    @property
+    def deep(self) -> str:
+        """The method that all are measured against: L independent layers."""
+        return f"plain-{self.depth}"
+
+    @property
+    def rival(self) -> str:
+        """The method of equal parameters without sharing: k layers."""
+        return f"plain-{self.sets[0]}"
+
+    @property
+    def figure(self) -> str:
+        """The entry of a row that is compared; accuracies as errors, 1 - accuracy."""
+        return "test_error" if self.accuracy else "test_perplexity"
+
+
+def methods_of(setting: Setting) -> dict[str, Flags]:
+    """What is trained in a setting, by name: the flags in which a method differs."""
+    methods: dict[str, Flags] = {setting.deep: {"policy": "none"}}
+    for k in setting.sets:
+        methods[f"plain-{k}"] = {"policy": "none", "nlayers": k}
+        methods[f"mixture-{k}"] = {"policy": "mixture", "groups": k, "residual_scaling": 1.0}
+        methods[f"cycle-{k}, 1/n"] = {"policy": "cycle", "groups": k, "residual_scaling": 1.0}
+    k = setting.sets[0]
+    for name in ("cycle", "sequence", "sandwich", "cycle-reverse"):
+        flags = {"policy": name, "groups": k}
+        methods[f"{name}-{k}"] = flags
+        methods[f"{name}-{k}, 1/n"] = flags | {"residual_scaling": 1.0}
+    methods[f"mixture-{k}, unscaled"] = {"policy": "mixture", "groups": k, "residual_scaling": 0.0}
+    methods["narrow"] = {"policy": "none", "emsize": setting.flags["emsize"] // 2}
+    methods["random"] = {"policy": "random", "settle": 0.5}
+    methods["dqn"] = {"policy": "dqn"}
+    methods[f"bandit-{k}"] = {"policy": "bandit", "budget_layers": k}
+    return methods
+
+
+def claimed(setting: Setting) -> list[str]:
+    """The methods that the page's sentences are about: three seeds each."""
+    k = setting.sets[0]
+    return [setting.rival, setting.deep, f"mixture-{k}", f"cycle-{k}, 1/n"]
+
+
+def tuned(setting: Setting) -> list[str]:
+    """The methods that have three learning rates to choose from; others have the mixture's."""
+    return claimed(setting)[:3]
+
+
+def _part_of(text: str, train: int, held_out: int) -> Callable[[Path], None]:
+    """Writes the first characters of a text's splits into a folder."""
+
+    def cut(folder: Path) -> None:
+        texts = load_texts(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {
+            "train": texts.train[:train],
+            "valid": texts.validation[:held_out],
+            "test": texts.test[:held_out],
+        }
+        for split, part in parts.items():
+            (folder / f"{split}.txt").write_text(part, encoding="utf-8")
+
+    return cut
+
+
+USUAL: Flags = {
+    **{"epochs": 1000, "precision": "fp32", "eval_every": 1000, "eval_batches": 20},
+    **{"save_every": 1000, "log_every": 100, "every": 50},
+}
+LLAMA: Flags = {**USUAL, "family": "llama", "nlayers": 12, "nhead": 2, "emsize": 64}
+SETTINGS: dict[str, Setting] = {
+    "wiki2-bytes": Setting(
+        "WikiText-2 as bytes: 12 layers x 64, rotary positions, 10,000 steps of 8 x 64 tokens",
+        {**LLAMA, "tokenizer": "bytes", "bptt": 64, "batch_size": 8, "max_steps": 10_000},
+        sets=(3, 2, 4),
+        cut=_part_of("wiki2", 5_500_000, 200_000),
+    ),
+    "wiki2-wide": Setting(
+        "WikiText-2 as bytes: 12 layers x 96, rotary positions, 2,400 steps of 64 x 256 tokens",
+        {**LLAMA, "nhead": 3, "emsize": 96, "dataset": "wiki2", "tokenizer": "bytes"}
+        | {"bptt": 256, "batch_size": 64, "max_steps": 2400, "eval_every": 240, "save_every": 2400},
+        rates=(1.5e-3, 3e-3, 6e-3),
+    ),
+    "khop": Setting(
+        "k-hop induction, up to six hops: 6 layers x 64, 8,000 steps of 32 x 49 fresh tokens",
+        {**LLAMA, "nlayers": 6, "nhead": 4, "init_std": 0.1, "dataset": "khop:6", "bptt": 49}
+        | {"batch_size": 32, "max_steps": 8000, "final_lr": 0.0, "weight_decay": 0.0},
+        sets=(2,),
+        rates=(5e-4, 1e-3, 2e-3),
+        accuracy=True,
+    ),
+    "vit": Setting(
+        "all CIFAR-10 images, as JPEG: ViT of 12 layers x 128, 20 epochs in batches of 256",
+        {**USUAL, "family": "vit", "nlayers": 12, "nhead": 4, "emsize": 128, "dropout": 0.1}
+        | {"dataset": "cifar10-jpeg", "batch_size": 256, "epochs": 20, "eval_every": 500}
+        | {"save_every": 10_000, "eval_batch_size": 250, "eval_batches": None},
+        rates=(5e-4, 1e-3, 2e-3),
+        accuracy=True,
+    ),
+}
