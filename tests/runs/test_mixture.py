@@ -5,6 +5,7 @@ import torch
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
 
 from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.errors import InputError
 from layer_tying.runs.evaluate import evaluate_run
 from layer_tying.runs.train import train
 from layer_tying.saving.load import load
@@ -39,6 +40,31 @@ def test_it_is_evaluated_and_loaded_as_it_was_trained(folder):
     assert layers.settings.residual_scaling == 1.0
     moved = [c for c in layers.mixtures if not torch.equal(c, c.round())]
     assert moved, "the coefficients have learned"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_vectors_can_be_each_layers_own(family, folder):
+    vectors = ("*norm*",) if family == "llama" else ("ln_*", "*bias")
+    options = {**MIXTURE, "family": family, "untied": ",".join(vectors)}
+    left_alone, crashed = (
+        small(folder, exp=f"{name}-{family}", **options) for name in ("own", "own-crashed")
+    )
+    summary = train(left_alone)
+    crashed_at(crashed, 17)
+    train(crashed, resume=True)
+    assert traces_of(crashed.folder) == traces_of(left_alone.folder)
+    layers = TiedLayers(load(left_alone.folder))
+    assert layers.settings.untied == vectors
+    norm = {"llama": "input_layernorm", "gpt2": "ln_1"}[family]
+    own = {getattr(block, norm).weight for block in layers.stack.blocks}
+    assert len(own) == 4
+    scores = evaluate_run(left_alone.folder, "test")
+    assert scores["perplexity"] == pytest.approx(summary["test_perplexity"], rel=1e-6)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(folder):
+    with pytest.raises(InputError, match=r"untied 'norms' is the name of no parameter of a layer"):
+        train(small(folder, exp="nothing", untied="norms", **MIXTURE))
 
 
 def test_uses_are_scaled_in_the_forward_pass_of_any_pattern(folder):

@@ -69,6 +69,7 @@ def build_model(
     config: PretrainedConfig,
     tying: Tying,
     *,
+    untied: Sequence[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
@@ -80,18 +81,21 @@ def build_model(
     Args:
         config: of any model of transformers; its ``architectures`` say which class.
         tying: of as many layers as the configuration has.
+        untied: patterns of the names of parameters that each layer keeps for itself.
         device: the device of the weights.
         dtype: of the weights.
     """
     model = lay_out(config)
-    layers = TiedLayers(model)
+    layers = TiedLayers(model, untied=untied)
     layers.apply(tying)
     allocate(model, torch.device(device), dtype)
     blocks = layers.stack.blocks
     for layer, owner in enumerate(tying.owners):
         if layer != owner:
+            its = set(blocks[owner].parameters())
             for module in blocks[layer].modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # drawn once, by its owner
+                if its.issuperset(module.parameters(recurse=False)):  # drawn once, by its owner
+                    module._is_hf_initialized = True  # type: ignore[assignment]
     model.init_weights()
     for layer, owner in enumerate(tying.owners):
         for mine, its in zip(blocks[layer].buffers(), blocks[owner].buffers(), strict=True):

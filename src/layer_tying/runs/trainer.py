@@ -96,9 +96,12 @@ class Trainer:
     def _build_model(self, start: Tying) -> None:
         tying, optimization = self.config.tying, self.config.optimization
         in_memory = Tying.independent(start.num_layers) if tying.freezes else start
-        self.model = build_model(self.task.model_config, in_memory, device=self.device)
+        self.model = build_model(
+            self.task.model_config, in_memory, untied=tying.untied_names, device=self.device
+        )
         if tying.shared_init == "damped":
-            divide_initial_weights(find_layers(self.model), start, self._residual_outputs())
+            stack = find_layers(self.model, untied=tying.untied_names)
+            divide_initial_weights(stack, start, self._residual_outputs())
         self.model.config.use_cache = False
         choose_attention(self.model, optimization.precision, self.config.data.bptt)
         if optimization.checkpointing:
@@ -112,6 +115,7 @@ class Trainer:
         self.storage = TiedLayers(
             self.model,
             self.optimizer,
+            untied=tying.untied_names,
             gradient=tying.gradient,
             optimizer_state=tying.moments,
             inherit=tying.inherit,  # type: ignore[arg-type]  # settled, so not ""

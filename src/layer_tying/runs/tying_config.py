@@ -51,6 +51,9 @@ class TyingConfig:
     """share of the run that a static pattern waits, all layers being independent"""
     sharing: Literal["tied", "frozen"] = "tied"
     """what becomes of a layer that is not independent; frozen: it keeps its own weights"""
+    untied: str | None = None
+    """what each layer keeps for itself: patterns of names of parameters within a layer, separated
+    by commas, such as *norm*"""
     gradient: Literal["sum", "owner"] = "sum"
     """whose gradient a shared weight gets"""
     moments: Literal["copy", "fresh"] = "copy"
@@ -108,6 +111,11 @@ class TyingConfig:
                 "shared_init damped is for weights that are shared from the start: "
                 "it does not go with frozen layers"
             )
+
+    @property
+    def untied_names(self) -> tuple[str, ...]:
+        """The patterns of ``untied``."""
+        return tuple(self.untied.split(",")) if self.untied else ()
 
     def _check_what_goes_with_the_policy(self) -> None:
         ties_statically = self.policy in ("fixed", *PATTERNS) and self.policy != "none"
