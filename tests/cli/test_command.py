@@ -115,7 +115,9 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
         **{"reward": "accuracy", "precision": "fp32", "log_with": "mlflow", "dropout": 0.5},
         **{"warmup": 0.5, "final_lr": 0.5, "weight_decay": 0.5, "clip": 0.5, "lr": 0.5},
         **{"checkpointing": True, "compile": True},
-        **dict.fromkeys(("dataset", "data_dir", "tokenizer", "exp", "output_dir"), "a place"),
+        **dict.fromkeys(
+            ("dataset", "data_dir", "tokenizer", "exp", "output_dir", "untied"), "a place"
+        ),
     }
     return needed.get(name, {}), values.get(name, 100)
 
