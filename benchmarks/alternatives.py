@@ -107,7 +107,7 @@ def measure(case: Case) -> Case:
         "trained_parameters": state.num_trainable,
         "parameter_bytes": state.parameter_bytes,
         "gradient_bytes": state.gradient_bytes,
-        "moment_bytes": state.moment_bytes,
+        "optimizer_state_bytes": state.optimizer_state_bytes,
         "step_seconds": min(seconds[1:]),
     }
 

@@ -80,7 +80,7 @@ def measure(case: Case) -> Case:
         "block_state_bytes": 4 * sum(p.nbytes for p in layers.parameters(0).values()),
         "parameter_bytes": state.parameter_bytes,
         "gradient_bytes": state.gradient_bytes,
-        "moment_bytes": state.moment_bytes,
+        "optimizer_state_bytes": state.optimizer_state_bytes,
         "model_state_bytes": state.total_bytes,
     }
 

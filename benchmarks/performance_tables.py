@@ -88,7 +88,7 @@ def _memory_line(row: Row, rows: Sequence[Row]) -> list[str]:
     if found := ratio_and_bound(row, rows):
         ratio, bound = found
         ratios = [f"{ratio:.2f}x", f"{bound:.2f}x", f"{ratio / bound:.0%}"]
-    sizes = ("parameter_bytes", "gradient_bytes", "moment_bytes")
+    sizes = ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes")
     return [
         *(name, megabytes(row["peak_bytes"]), megabytes(row["above_own_bytes"]), *ratios),
         *(megabytes(row[size]) for size in sizes),
@@ -163,5 +163,5 @@ def _alternatives_line(row: Row, first: Row | None) -> list[str]:
         f"{row['step_seconds']:.2f}",
         f"{row['step_seconds'] / first['step_seconds']:.2f}",
         f"{row['trained_parameters'] / 1e6:,.1f}",
-        megabytes(row["moment_bytes"]),
+        megabytes(row["optimizer_state_bytes"]),
     ]

@@ -24,7 +24,11 @@ def memory_row(independent: int, above_own: int, state: int, raised: int = 0, **
         **{"independent": independent, "checkpointing": True, "own_bytes": 100_000_000},
         **{"peak_bytes": above_own + 100_000_000, "above_own_bytes": above_own},
         **{"model_state_bytes": state, "parameter_bytes": state // 4, "build_seconds": 1.5},
-        **{"gradient_bytes": state // 4, "moment_bytes": state // 2, "block_state_bytes": 50},
+        **{
+            "gradient_bytes": state // 4,
+            "optimizer_state_bytes": state // 2,
+            "block_state_bytes": 50,
+        },
         **{"raised_by_transitions_bytes": raised, **changes},
     }
 
@@ -61,7 +65,7 @@ SPEED = [
 ALTERNATIVE = {
     **{**SHAPE, "optimizer": "AdamW", "independent": 48, "checkpointing": False},
     **{"above_own_bytes": 12_000_000_000, "step_seconds": 10.0, "trained_parameters": 1.5e9},
-    **{"moment_bytes": 6_000_000_000},
+    **{"optimizer_state_bytes": 6_000_000_000},
 }
 ALTERNATIVES = [
     ALTERNATIVE,

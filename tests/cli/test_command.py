@@ -110,7 +110,12 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
     values = {
         **{"policy": "dqn", "owners": "0,0", "source": "runs/a", "activate_at": 0.5},
         **{"sharing": "frozen", "family": "bert", "objective": "causal", "nhead": 8},
-        **{"optimizer": "adamw8bit", "gradient": "owner", "moments": "fresh", "initial": "cycle"},
+        **{
+            "optimizer": "adamw8bit",
+            "gradient": "owner",
+            "optimizer_state": "fresh",
+            "initial": "cycle",
+        },
         **{"shared_init": "plain", "settle": 0.25, "layer_price": 0.5, "export_dtype": "bf16"},
         **{"reward": "accuracy", "precision": "fp32", "log_with": "mlflow", "dropout": 0.5},
         **{"warmup": 0.5, "final_lr": 0.5, "weight_decay": 0.5, "clip": 0.5, "lr": 0.5},
@@ -142,6 +147,18 @@ def test_every_setting_is_a_flag_in_hyphens_and_underscores(name, monkeypatch):
     expected = TrainConfig.from_flat(**needed, **{name: value})
     assert asked == [expected] * 6
     assert expected.flat()[name] != DEFAULTS[name]
+
+
+def test_older_spellings_go_on_working(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        experiments, "_train_and_report", lambda config, _: asked.append(config) or 0
+    )
+    main(["train", "--moments", "fresh", "--shared-init", "damped"])
+    main(["train", "--optimizer-state", "fresh", "--shared-init", "scaled"])
+    assert (
+        asked[0] == asked[1] == TrainConfig.from_flat(optimizer_state="fresh", shared_init="scaled")
+    )
 
 
 def test_a_saved_configuration_is_a_start_and_flags_go_on_top(here):

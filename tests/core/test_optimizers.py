@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layer_tying import DynamicTying, RandomPolicy, TiedLayers, Tying
-from layer_tying.saving.checkpoint import load_moments_by_name, moments_by_name
+from layer_tying.saving.checkpoint import load_optimizer_state_by_name, optimizer_state_by_name
 
 pytestmark = pytest.mark.numerics
 
@@ -194,10 +194,10 @@ def test_state_by_name_comes_back(name):
     loss_of(model).backward()
     optimizer.step()
     optimizer.zero_grad()
-    saved = copy.deepcopy(moments_by_name(model, optimizer))
+    saved = copy.deepcopy(optimizer_state_by_name(model, optimizer))
     twin = copy.deepcopy(model)
     other = OPTIMIZERS[name](groups_of(twin))
-    load_moments_by_name(twin, other, saved)
+    load_optimizer_state_by_name(twin, other, saved)
     for its in (optimizer, other):  # equal gradients, so that the step is equal to the last bit
         fake_step(its, torch.Generator().manual_seed(1))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -211,7 +211,7 @@ def test_steps_are_counted_where_the_optimizer_counts_them():
         optimizer = torch.optim.AdamW(model.parameters(), fused=False)
         optimizer.param_groups[0]["fused"] = fused
         state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4, 4)}
-        load_moments_by_name(model, optimizer, {"weight": state})
+        load_optimizer_state_by_name(model, optimizer, {"weight": state})
         loaded = optimizer.state[model.weight]
         assert loaded["exp_avg"].is_meta and loaded["step"].is_meta == fused
 

@@ -231,28 +231,28 @@ def test_a_tied_start_allocates_one_block_and_not_all():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
-def test_damped_shared_layers_add_as_much_together_as_one_layer_would(kind):
+def test_scaled_shared_layers_add_as_much_together_as_one_layer_would(kind):
     """With the same draws, only what writes to the residual stream differs, by the uses."""
     models = build(kind), build(kind)
     layers = TiedLayers(models[1])
     outputs = residual_outputs(models[1].config.model_type)
     divide_initial_weights(layers.stack, layers.tying, outputs)
-    once, damped = map(parameters_of_layers, models)
+    once, scaled = map(parameters_of_layers, models)
     uses = {0: 3, 2: 1}
     for layer, number in uses.items():
         quotients = {
             name: (once[layer][name].abs().sum() / p.abs().sum()).item()
-            for name, p in damped[layer].items()
+            for name, p in scaled[layer].items()
             if p.ndim > 1
         }
         assert sorted(set(np.round(list(quotients.values()), 4))) == sorted({1.0, number})
         divided = [name for name, quotient in quotients.items() if quotient > 1.5]
         assert len(divided) == (2 if number > 1 else 0)
-        rows = [damped[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
+        rows = [scaled[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
         assert rows == [32] * len(divided)  # those that map to the residual stream's width
 
 
-def test_damping_names_what_a_layer_has_where_nothing_matches():
+def test_scaling_names_what_a_layer_has_where_nothing_matches():
     layers = TiedLayers(build("gpt2"))
     before = {n: p.detach().clone() for n, p in layers.parameters(0).items()}
     with pytest.raises(InputError, match=r"h\.0 has no module named o_proj: .* out of ln_1, "):

@@ -95,7 +95,7 @@ def test_a_replayed_run_computes_what_the_recorded_one_did(folder):
     assert ours[last] == theirs[last]
 
 
-def test_a_replay_of_our_agent_starts_damped_and_inherits_as_it_did(folder):
+def test_a_replay_of_our_agent_starts_scaled_and_inherits_as_it_did(folder):
     shape = {"nlayers": 6, "every": 1, "seed": 6}
     train(small(folder, exp="bandit", policy="bandit", layer_price=0.0, settle=0.0, **shape))
     train(replay(folder, exp="again", **shape, source=str(folder / "runs/bandit")))

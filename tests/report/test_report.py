@@ -83,7 +83,7 @@ def metrics_of(decisions, num_steps, images, base, rng):
         line = {"step": step, "tokens": step * 1000, "seconds": step * 0.1 + 3, "loss": loss}
         line |= {"learning_rate": 1e-3, "independent_layers": independent}
         line |= {"trainable_parameters": parameters, "parameter_bytes": 4 * parameters}
-        line |= {"gradient_bytes": 4 * parameters, "moment_bytes": 8 * parameters}
+        line |= {"gradient_bytes": 4 * parameters, "optimizer_state_bytes": 8 * parameters}
         line |= {"model_state_bytes": 16 * parameters, "peak_memory_bytes": 10**6 + step}
         if step % (num_steps // 50 * 5) == 0 or step == num_steps:
             line["validation_perplexity"] = math.exp(loss)
@@ -396,7 +396,7 @@ def test_the_bandits_worths_are_drawn_and_come_first(tmp_path):
 def test_memory_bars_are_means_and_the_largest_moment(tmp_path):
     folder = write_run(tmp_path / "run")
     sizes = [(100, 200, 300), (10, 20, 30)]
-    names = ("parameter_bytes", "gradient_bytes", "moment_bytes")
+    names = ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes")
     lines = [
         {"tokens": i, **dict(zip(names, size, strict=True)), "model_state_bytes": sum(size)}
         for i, size in enumerate(sizes)

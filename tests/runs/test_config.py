@@ -52,7 +52,7 @@ def test_json_round_trip(values):
     text = config.to_json()
     assert TrainConfig.from_json(text) == config
     groups = json.loads(text)
-    assert groups["format"] == 2
+    assert groups["format"] == 3
     assert groups["model"]["nlayers"] == values["nlayers"]
     flat = config.flat()
     assert {name: flat[name] for name in values} == values
@@ -68,12 +68,12 @@ def test_the_default_is_our_agent_on_data_that_are_always_there():
     assert (config["policy"], config["dataset"]) == ("bandit", "pydocs")
     assert config["inherit"] == "majority"
     assert (config["reward"], config["settle"]) == ("training-loss", 0.5)
-    assert config["shared_init"] == "damped"
+    assert config["shared_init"] == "scaled"
     assert TrainConfig().folder == Path("runs/run")
 
 
 @pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
-def test_nothing_is_damped_that_is_not_drawn_and_shared(settings):
+def test_nothing_is_scaled_that_is_not_drawn_and_shared(settings):
     assert usual(**settings)["shared_init"] == "plain"
 
 
@@ -103,7 +103,7 @@ REFUSED = [
     ({"family": "gpt3"}, "'gpt3'"),
     ({"objective": "both"}, "'both'"),
     ({"gradient": "mean"}, "'mean'"),
-    ({"moments": "half"}, "'half'"),
+    ({"optimizer_state": "half"}, "'half'"),
     ({"initial": "some"}, "'some'"),
     ({"reward": "loss"}, "'loss'"),
     ({"precision": "fp16"}, "'fp16'"),
@@ -118,9 +118,9 @@ REFUSED = [
     ({"source": "runs/a"}, "bandit"),
     ({"budget_bytes": 0}, "0"),
     ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
-    ({"shared_init": "damped", "sharing": "frozen"}, "frozen"),
-    ({"shared_init": "damped", "policy": "dqn", "initial": "frozen"}, "frozen"),
-    ({"shared_init": "damped", "task": "sst2", "source": "a-run"}, "task"),
+    ({"shared_init": "scaled", "sharing": "frozen"}, "frozen"),
+    ({"shared_init": "scaled", "policy": "dqn", "initial": "frozen"}, "frozen"),
+    ({"shared_init": "scaled", "task": "sst2", "source": "a-run"}, "task"),
     ({"permute": 0}, "bandit"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
@@ -178,8 +178,8 @@ def test_other_json_is_not_a_configuration(text):
 
 
 def test_a_folder_of_another_format_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text(TrainConfig().to_json().replace(": 2", ": 1", 1))
-    with pytest.raises(InputError, match=r"config\.json: .*format 1; this program reads format 2"):
+    (tmp_path / "config.json").write_text(TrainConfig().to_json().replace(": 3", ": 1", 1))
+    with pytest.raises(InputError, match=r"config\.json: .*format 1; this program reads format 3"):
         read_config(tmp_path)
 
 
@@ -190,7 +190,12 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
         **{"log_every": 3, "log_with": "mlflow", "save_every": 3},
         **{"policy": "random", "groups": 2, "family": "bert", "dataset": "ptb"},
         **{"tokenizer": "bpe:300", "objective": "causal"},
-        **{"gradient": "owner", "moments": "fresh", "initial": "none", "reward": "perplexity"},
+        **{
+            "gradient": "owner",
+            "optimizer_state": "fresh",
+            "initial": "none",
+            "reward": "perplexity",
+        },
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
         **{"eval_every": 7, "eval_batches": 7, "seed": 1, "inherit": "first"},

@@ -33,7 +33,7 @@ def test_shared_parameters_count_once_and_frozen_ones_have_no_gradient():
         num_trainable=12 + 2,
         parameter_bytes=4 * 12 + 4 * 5 + 2 * 2,
         gradient_bytes=4 * 12 + 2 * 2,
-        moment_bytes=0,
+        optimizer_state_bytes=0,
     )
     assert state.total_bytes == 72 + 52
 
@@ -42,13 +42,15 @@ def test_moments_are_what_the_optimizers_hold_now():
     model = Shared()
     adam = torch.optim.AdamW([model.one.weight])
     momentum = torch.optim.SGD([model.small], momentum=0.9)
-    assert model_state(model, [adam, momentum]).moment_bytes == 0  # none before the first step
+    assert (
+        model_state(model, [adam, momentum]).optimizer_state_bytes == 0
+    )  # none before the first step
     (model.other(torch.ones(1, 4)).sum() + model.small.sum()).backward()
     adam.step()
     momentum.step()
     two_of_adam = 2 * 4 * 12 + 4  # and its count of steps
-    assert model_state(model, [adam]).moment_bytes == two_of_adam
-    assert model_state(model, [adam, momentum]).moment_bytes == two_of_adam + 2 * 2
+    assert model_state(model, [adam]).optimizer_state_bytes == two_of_adam
+    assert model_state(model, [adam, momentum]).optimizer_state_bytes == two_of_adam + 2 * 2
     assert model_state(model, [adam]).gradient_bytes == model_state(model).gradient_bytes
 
 

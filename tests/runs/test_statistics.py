@@ -9,8 +9,12 @@ import torch
 from layer_tying.runs.memory import ModelState
 from layer_tying.runs.statistics import Stopwatch, Tally
 
-SMALL = ModelState(num_trainable=10, parameter_bytes=40, gradient_bytes=40, moment_bytes=80)
-LARGE = ModelState(num_trainable=30, parameter_bytes=120, gradient_bytes=120, moment_bytes=240)
+SMALL = ModelState(
+    num_trainable=10, parameter_bytes=40, gradient_bytes=40, optimizer_state_bytes=80
+)
+LARGE = ModelState(
+    num_trainable=30, parameter_bytes=120, gradient_bytes=120, optimizer_state_bytes=240
+)
 
 
 def test_means_and_peaks_over_steps():

@@ -84,7 +84,10 @@ CASES = {
     "none-bert": ({"family": "bert", "policy": "none"}, MIDDLE),
     "random-bert": ({"family": "bert", "policy": "random"}, MIDDLE),
     "dropout": ({"dropout": 0.3}, MIDDLE),
-    "owner-fresh-llama": ({"family": "llama", "gradient": "owner", "moments": "fresh"}, MIDDLE),
+    "owner-fresh-llama": (
+        {"family": "llama", "gradient": "owner", "optimizer_state": "fresh"},
+        MIDDLE,
+    ),
     "from-none": ({"initial": "none", "accumulate": 2, "checkpointing": True}, MIDDLE),
     "steps-out-of-step": ({"save_every": 5, "log_every": 7, "eval_every": 9, "every": 3}, MIDDLE),
     "best-is-long-ago": ({"policy": "none", "lr": 3.0, "warmup": 0.9, "clip": 1e6}, MIDDLE),

@@ -23,9 +23,9 @@ from layer_tying.errors import InputError
 from layer_tying.saving import checkpoint
 from layer_tying.saving.checkpoint import (
     keep_newest,
-    load_moments_by_name,
-    moments_by_name,
+    load_optimizer_state_by_name,
     newest_checkpoint,
+    optimizer_state_by_name,
     read_checkpoint,
     save_checkpoint,
     step_folder,
@@ -156,9 +156,9 @@ def test_moments_come_back_by_name(tmp_path):
         return model, optimizer
 
     model, optimizer = trained(0)
-    folder = save(tmp_path, training=moments_by_name(model, optimizer))
+    folder = save(tmp_path, training=optimizer_state_by_name(model, optimizer))
     other, its_optimizer = trained(1)
-    load_moments_by_name(other, its_optimizer, read_checkpoint(folder).training_state())
+    load_optimizer_state_by_name(other, its_optimizer, read_checkpoint(folder).training_state())
     assert len(its_optimizer.state) == len(list(model.parameters()))
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert_same(dict(its_optimizer.state[theirs]), dict(optimizer.state[mine]))

@@ -26,6 +26,8 @@ from layer_tying.settings import alternatives
 
 T = TypeVar("T")
 NAMES = {"source": "from"}  # of settings whose flag has another name
+OLD_NAMES = {"optimizer_state": ("--moments",)}  # flags that go on working
+OLD_VALUES = {"damped": "scaled"}
 
 
 def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
@@ -108,6 +110,7 @@ def _flag(kind: type, name: str, default: Any) -> tuple[str, Any, Any]:
     default = None if default == "" else default
     argument = tyro.conf.arg(
         name=NAMES.get(name),
+        aliases=OLD_NAMES.get(name),
         help=_help_texts(kind)[name],
         help_behavior_hint="" if default is None or hint is bool else f"(default: {default})",
     )
@@ -121,13 +124,14 @@ def reader(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
     (kind,) = [each for each in alternatives(hint) if each is not type(None)]
     choices = tuple(choice for choice in get_args(kind) if choice)
     read = str if choices else kind
+    older = tuple(old for old, new in OLD_VALUES.items() if new in choices)
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
-        instance_from_str=lambda strings: read(strings[0]),
+        instance_from_str=lambda strings: read(OLD_VALUES.get(strings[0], strings[0])),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
-        choices=choices or None,
+        choices=(*choices, *older) or None,
     )
 
 

@@ -116,7 +116,7 @@ class DynamicTyingCallback(TrainerCallback):
         if saved:
             training = saved.training_state()
             saved.load_weights(model)
-            checkpoint.load_moments_by_name(model, optimizer, training["moments"])
+            checkpoint.load_optimizer_state_by_name(model, optimizer, training["optimizer"])
             self.dynamic.load_state_dict(training["tying"])
             self.dynamic.layers.verify()
         else:
@@ -163,7 +163,7 @@ class DynamicTyingCallback(TrainerCallback):
             config={},
             facts={"run": self._run},
             training={
-                "moments": checkpoint.moments_by_name(model, optimizer),
+                "optimizer": checkpoint.optimizer_state_by_name(model, optimizer),
                 "tying": self.dynamic.state_dict(),
             },
         )

@@ -20,8 +20,12 @@ from layer_tying.report.runs import RunGroup
 INK, MUTED, GRID, PAPER = "#1b1f25", "#69717c", "#dfe2e7", "#fefefe"
 CONVENTIONAL, ACCENT = "#8a919b", "#1f77c4"
 OTHERS = (ACCENT, "#d9730d", "#0f9d77", "#c45a9c", "#b8991a", "#6a5acd", "#56b4e9")
-COMPONENTS = {"parameter": "#31688e", "gradient": "#35a58b", "moment": "#a5c957"}
-PART_NAMES = {"parameter": "parameters", "gradient": "gradients", "moment": "optimizer state"}
+COMPONENTS = {"parameter": "#31688e", "gradient": "#35a58b", "optimizer_state": "#a5c957"}
+PART_NAMES = {
+    "parameter": "parameters",
+    "gradient": "gradients",
+    "optimizer_state": "optimizer state",
+}
 SHARES = LinearSegmentedColormap.from_list("shares", ["#eef2f6", "#8db8d8", "#2f6ea8", "#17294d"])
 WIDE, NARROW = 9.6, 4.7  # inches
 STYLE: dict[Any, Any] = {

@@ -27,7 +27,7 @@ from layer_tying.settings import (
     hidden,
 )
 
-FORMAT = 2  # of run folders
+FORMAT = 3  # of run folders
 CONFIG = "config.json"
 # What a fine-tuned model has from the run it starts from.
 SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
@@ -152,9 +152,9 @@ class TrainConfig:
             raise InputError(f"task {task} is one of text, and family vit reads images")
         if task and not self.tying.source:
             raise InputError(f"task {task} needs --from RUN, the run to fine-tune")
-        if task and self.tying.shared_init == "damped":
+        if task and self.tying.shared_init == "scaled":
             raise InputError(
-                "shared_init damped is for weights that are drawn at the start, "
+                "shared_init scaled is for weights that are drawn at the start, "
                 "not for a task to fine-tune on"
             )
 

@@ -24,25 +24,25 @@ class ModelState:
         num_trainable: number of trainable parameters.
         parameter_bytes: all parameters, trainable or not.
         gradient_bytes: the gradients of a step, one for each trainable parameter.
-        moment_bytes: what the optimizer keeps for them.
+        optimizer_state_bytes: what the optimizer keeps for them.
     """
 
     num_trainable: int
     parameter_bytes: int
     gradient_bytes: int
-    moment_bytes: int
+    optimizer_state_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """Parameters, gradients and optimizer state together."""
-        return self.parameter_bytes + self.gradient_bytes + self.moment_bytes
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_state_bytes
 
 
 def model_state(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> ModelState:
     """Count what a model and its optimizers hold."""
     parameters = list(model.parameters())  # each shared one once
     trainable = [p for p in parameters if p.requires_grad]
-    moments = [
+    optimizer_state = [
         value
         for optimizer in optimizers
         for state in optimizer.state.values()
@@ -53,7 +53,7 @@ def model_state(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Model
         num_trainable=sum(p.numel() for p in trainable),
         parameter_bytes=_bytes(parameters),
         gradient_bytes=_bytes(trainable),
-        moment_bytes=_bytes(moments),
+        optimizer_state_bytes=_bytes(optimizer_state),
     )
 
 

@@ -50,7 +50,7 @@ def usual_settings(config: TrainConfig) -> dict[str, Any]:
     return usual | {
         "reward": "training-loss" if policy.reward == "training_loss" else evaluated,
         "settle": policy.settles,
-        "shared_init": "damped" if policy.divides_initial_weights and draws_shared else "plain",
+        "shared_init": "scaled" if policy.divides_initial_weights and draws_shared else "plain",
         "inherit": policy.inherit,
         "residual_scaling": policy.residual_scaling if draws_shared else 0.0,
     }

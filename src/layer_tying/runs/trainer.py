@@ -99,7 +99,7 @@ class Trainer:
         self.model = build_model(
             self.task.model_config, in_memory, untied=tying.untied_names, device=self.device
         )
-        if tying.shared_init == "damped":
+        if tying.shared_init == "scaled":
             stack = find_layers(self.model, untied=tying.untied_names)
             divide_initial_weights(stack, start, self._residual_outputs())
         self.model.config.use_cache = False
@@ -117,7 +117,7 @@ class Trainer:
             self.optimizer,
             untied=tying.untied_names,
             gradient=tying.gradient,
-            optimizer_state=tying.moments,
+            optimizer_state=tying.optimizer_state,
             inherit=tying.inherit,  # type: ignore[arg-type]  # settled, so not ""
             residual_scaling=tying.residual_scaling or 0.0,
             residual_outputs=self._residual_outputs() if tying.residual_scaling else (),
@@ -244,7 +244,7 @@ class Trainer:
             "trainable_parameters": state.num_trainable,
             "parameter_bytes": state.parameter_bytes,
             "gradient_bytes": state.gradient_bytes,
-            "moment_bytes": state.moment_bytes,
+            "optimizer_state_bytes": state.optimizer_state_bytes,
             "model_state_bytes": state.total_bytes,
             "peak_memory_bytes": self.tally.peak_memory_bytes,
             **validation,
@@ -280,7 +280,7 @@ class Trainer:
             "model": checkpoint.unique_tensors(self.model),
             "storage": list(self.storage.tying.owners),
             "owners": list(self.layers.tying.owners),
-            "moments": checkpoint.moments_by_name(self.model, self.optimizer),
+            "optimizer": checkpoint.optimizer_state_by_name(self.model, self.optimizer),
             "tying": self.tying.state_dict() if self.tying else None,
             "batches": self.task.batches.state(),
             "reward_batches": self.task.reward_batches.state(),
@@ -300,7 +300,7 @@ class Trainer:
         self.storage.apply(Tying(tuple(state["storage"])))
         checkpoint.load_tensors(self.model, state["model"], self.folder.path)
         self.layers.apply(Tying(tuple(state["owners"])))
-        checkpoint.load_moments_by_name(self.model, self.optimizer, state["moments"])
+        checkpoint.load_optimizer_state_by_name(self.model, self.optimizer, state["optimizer"])
         if self.tying:
             self.tying.load_state_dict(state["tying"])
         self.layers.verify()

@@ -56,7 +56,7 @@ class TyingConfig:
     by commas, such as *norm*"""
     gradient: Literal["sum", "owner"] = "sum"
     """whose gradient a shared weight gets"""
-    moments: Literal["copy", "fresh"] = "copy"
+    optimizer_state: Literal["copy", "fresh"] = "copy"
     """optimizer state of a newly independent layer"""
     residual_scaling: float | None = None
     """p of 1/n residual scaling: what a layer adds to the residual stream is multiplied by 1/n^p,
@@ -64,9 +64,9 @@ class TyingConfig:
     initial: StartName = ""
     """what a deciding policy starts from: a pattern (with --groups, if it needs a number); frozen:
     all tied in name, but not yet in memory (default: dqn and random: all; bandit: sandwich)"""
-    shared_init: Literal["", "plain", "damped"] = ""
-    """initial weights of shared layers; damped: what a layer adds to the residual stream is divided
-    by the number of its uses (default: plain; bandit: damped; --from: as there)"""
+    shared_init: Literal["", "plain", "scaled"] = ""
+    """initial weights of shared layers; scaled: what a layer adds to the residual stream is divided
+    by the number of its uses (default: plain; bandit: scaled; --from: as there)"""
     settle: float | None = None
     """share of the run, at its end, without decisions (default: 0; bandit: 0.5)"""
     layer_price: float | None = None
@@ -106,9 +106,9 @@ class TyingConfig:
                 "residual scaling and mixtures are of shared weights: they do not go with frozen "
                 "layers"
             )
-        if self.shared_init == "damped" and self.freezes:
+        if self.shared_init == "scaled" and self.freezes:
             raise InputError(
-                "shared_init damped is for weights that are shared from the start: "
+                "shared_init scaled is for weights that are shared from the start: "
                 "it does not go with frozen layers"
             )
 

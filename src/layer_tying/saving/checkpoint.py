@@ -230,7 +230,7 @@ def check_fit(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder
             )
 
 
-def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The optimizer's state with parameters' names for keys."""
     return {
         name: dict(optimizer.state[p])
@@ -239,14 +239,14 @@ def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[st
     }
 
 
-def load_moments_by_name(
-    model: nn.Module, optimizer: Optimizer, moments: Mapping[str, Mapping[str, Any]]
+def load_optimizer_state_by_name(
+    model: nn.Module, optimizer: Optimizer, states: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Give each named parameter the optimizer state that ``moments_by_name`` saved."""
+    """Give each named parameter the optimizer state that ``optimizer_state_by_name`` saved."""
     optimizer.state.clear()
     parameters = dict(model.named_parameters())
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    for name, state in moments.items():
+    for name, state in states.items():
         parameter = parameters[name]
         group = groups[parameter]
         counts_there = group.get("fused") or group.get("capturable")  # else steps stay on the CPU

@@ -31,7 +31,7 @@ from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.saving.checkpoint import (
     join_tree,
-    moments_by_name,
+    optimizer_state_by_name,
     replace_folder,
     split_tree,
     unique_tensors,
@@ -126,7 +126,7 @@ def _optimizer_state(layers: TiedLayers) -> dict[str, Any]:
     return {
         f"{OPTIMIZER}{name}/{key}": value
         for optimizer in layers.optimizers
-        for name, state in moments_by_name(layers.stack.model, optimizer).items()
+        for name, state in optimizer_state_by_name(layers.stack.model, optimizer).items()
         for key, value in state.items()
     }
 
