@@ -29,7 +29,7 @@ BELOW = {
 }
 BELOW["runs"] = {*BELOW, "saving", "tasks"} - {"integrations"}
 BELOW["paper"] = {*BELOW["runs"], "runs"}
-BELOW["report"] = {"errors", "files", "data", "runs", "paper"}  # it shows the published figures
+BELOW["report"] = {"errors", "files", "data", "tasks", "runs", "paper"}  # but no torch
 BELOW["cli"] = {*BELOW["paper"], "paper", "report"}
 LONGEST_FILE = 360  # lines
 

@@ -135,7 +135,7 @@ def test_the_coefficients_learn_faster_and_are_not_decayed():
         loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert not torch.equal(mixtures.matrix("mlp.c_proj.weight")[0], torch.tensor([1.0, 0.0]))
+    assert not torch.equal(mixtures.matrices()["mlp.c_proj.weight"][0], torch.tensor([1.0, 0.0]))
     layers.verify()
 
 

@@ -21,6 +21,7 @@ from layer_tying.report import (
     comparison_table,
     figures_agent,
     figures_curves,
+    figures_mixture,
     figures_tying,
     tables,
     write_report,
@@ -30,7 +31,10 @@ from layer_tying.runs.reading import read_run
 
 LAYER_PARAMETERS, OTHER_PARAMETERS = 1000, 500
 LIBRARIES = {"numpy", "matplotlib", "tabulate", "jinja2", "markupsafe"}
-ROOMS = tuple(f"layer_tying.{name}" for name in ("report", "paper", "runs.reading", "data.glue"))
+ROOMS = tuple(
+    f"layer_tying.{name}"
+    for name in ("report", "paper", "runs.reading", "data.glue", "tasks.metrics")
+)
 CHROMIUM = shutil.which("chromium")
 
 
@@ -391,6 +395,24 @@ def test_the_bandits_worths_are_drawn_and_come_first(tmp_path):
     text = "".join(Page(page.read_text("utf-8")).text)
     assert "validation perplexity, bandit" in text
     assert text.index("What each layer is worth") < text.index("The Q-network’s matrix")
+
+
+def test_coefficients_are_drawn_at_three_validations_with_their_leaders(tmp_path):
+    folder = write_run(tmp_path / "run", "cycle", num_layers=3)
+    rng = np.random.default_rng(0)
+    drawn = [rng.normal(size=(2, 3, 2)).round(4).tolist() for _ in range(5)]
+    lines = [
+        {"step": i, "coefficients": {"attn.q.weight": one, "mlp.up.weight": other}}
+        for i, (one, other) in enumerate(drawn)
+    ]
+    write_lines(folder / "metrics.jsonl", [{"step": 0}, *lines])
+    figure = figures_mixture.draw_coefficients(read_run(folder))
+    panels = [axes for axes in figure.axes if axes.images and axes.collections]
+    shown = [axes.images[0].get_array().tolist() for axes in panels]
+    assert shown == [matrix for i in (0, 2, 4) for matrix in drawn[i]]
+    assert [axes.get_title() for axes in panels[:2]] == ["attn\nq", "mlp\nup"]
+    leaders = panels[0].collections[0].get_offsets()[:, 0].tolist()
+    assert leaders == np.abs(drawn[0][0]).argmax(axis=1).tolist()
 
 
 def test_memory_bars_are_means_and_the_largest_moment(tmp_path):

@@ -66,7 +66,12 @@ def test_glue_stands_by_task_and_tying():
         entry("glue-cola-none", accuracy=0.5, matthews_correlation=None),
     )
     assert cells_of(page, "cola, accuracy") == ["cola, accuracy", "0.625", "-", "0.500"]
-    assert cells_of(page, "cola, Matthews") == ["cola, Matthews", "-0.125", "-", "-"]
+    assert cells_of(page, "cola, Matthews correlation") == [
+        "cola, Matthews correlation",
+        "-0.125",
+        "-",
+        "-",
+    ]
     assert "rte" not in page
 
 

@@ -1,5 +1,6 @@
 """A run whose layers mix shared weights: trained, resumed exactly, evaluated and exported."""
 
+import numpy as np
 import pytest
 import torch
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
@@ -28,6 +29,10 @@ def test_a_run_of_mixtures_goes_on_exactly(folder):
     assert traces_of(crashed.folder) == traces_of(left_alone.folder)
     assert summary["independent_layers_end"] == 2
     assert len(lines_of(left_alone.folder / "tying.jsonl")) == 1, "nothing is decided"
+    lines = lines_of(left_alone.folder / "metrics.jsonl")
+    saved = [line["coefficients"] for line in lines if "coefficients" in line]
+    assert len(saved) == sum("validation_perplexity" in line for line in lines)
+    assert np.shape(saved[-1]["mlp.down_proj.weight"]) == (4, 2)
 
 
 def test_it_is_evaluated_and_loaded_as_it_was_trained(folder):

@@ -82,9 +82,12 @@ class Mixtures:
         """All coefficients, layer by layer."""
         return (vector for layer in self.coefficients for vector in layer.values())
 
-    def matrix(self, name: str) -> Tensor:
-        """[L, M] the coefficients of one matrix, by its name within a layer, detached."""
-        return torch.stack([layer[name].detach() for layer in self.coefficients])
+    def matrices(self) -> dict[str, Tensor]:
+        """[L, M] the coefficients of each matrix, by its name within a layer, detached."""
+        return {
+            name: torch.stack([layer[name].detach() for layer in self.coefficients])
+            for name in self.coefficients[0]
+        }
 
 
 def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:

@@ -6,6 +6,7 @@ markdown         the one Markdown table
 tables           the comparison of runs, and the paper's figures next to them
 style            colours and type of the figures
 figures_tying    which layers share weights
+figures_mixture  what layers mix
 figures_curves   metrics over training, and memory
 figures_agent    what an agent has learned
 page             HTML, from templates/

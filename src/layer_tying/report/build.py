@@ -17,7 +17,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from layer_tying.errors import InputError
-from layer_tying.report import figures_agent, figures_curves, figures_tying, page, style, tables
+from layer_tying.report import (
+    figures_agent,
+    figures_curves,
+    figures_mixture,
+    figures_tying,
+    page,
+    style,
+    tables,
+)
 from layer_tying.report.formats import format_number, format_percent, format_times
 from layer_tying.report.runs import (
     REPETITION_KEYS,
@@ -92,6 +100,7 @@ def _sections(groups: list[RunGroup], show: Show) -> list[tuple[str, list[Markup
         "Comparison": _comparison(groups),
         "Over training": [page.grid(curves)] if (curves := _curves(groups, show)) else [],
         "Which layers share weights": _ownership(groups, show),
+        "What the layers mix": _mixtures(groups, show),
         "How often each layer was independent": _independence(groups, show),
         "What the agent expects": _expectations(groups, show),
         "Memory": _memory(groups, show),
@@ -213,6 +222,22 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
                 figure = figures_tying.draw_tying(run, colours)
                 blocks.append(show(f"tying_{_slug(group, groups)}", figure, caption))
     return blocks
+
+
+def _mixtures(groups: list[RunGroup], show: Show) -> list[Markup]:
+    """The coefficients of the first seed of each group that learned mixtures."""
+    return [
+        show(
+            f"mixtures_{_slug(group, groups)}",
+            figures_mixture.draw_coefficients(group.runs[0]),
+            f"{group.label}, seed {group.runs[0].setting('seed')}. The coefficients with which "
+            "each layer (row) mixes the shared sets of weights (column), matrix by matrix, at the "
+            "first, a middle and the last validation. Blue is positive and red negative; a tying "
+            "would have one coefficient of 1 in each row. A dot marks the leading set.",
+        )
+        for group in groups
+        if figures_mixture.validations(group.runs[0])
+    ]
 
 
 def _independence(groups: list[RunGroup], show: Show) -> list[Markup]:

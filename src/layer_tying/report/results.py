@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from layer_tying.data.glue import TASKS
+from layer_tying.data.glue import FORMATS
 from layer_tying.paper.rows import TYINGS
 from layer_tying.report.markdown import markdown_table
+from layer_tying.tasks.metrics import METRICS
 
 Summary = dict[str, Any]
 Column = tuple[str, Callable[[Summary, Summary], str]]  # heading, cell(row, conventional row)
@@ -27,7 +28,6 @@ ABLATIONS = {
     "permuted": "recorded decisions, layers permuted",
     "frozen": "without tying: layers are frozen",
 }
-METRICS = {"cola": ("Matthews", "matthews_correlation"), "mrpc": ("F1", "f1")}
 
 
 def results_page(results: dict[str, Any]) -> str:
@@ -169,11 +169,12 @@ def _others(rows: dict[str, Summary]) -> str:
 def _glue(rows: dict[str, Summary]) -> str:
     """A row a task and metric, a column a tying."""
     lines = []
-    for task in TASKS:
+    for task, record in FORMATS.items():
         found = {tying: rows.get(f"glue-{task}-{tying}", {}) for tying in TYINGS}
         if any(found.values()):
-            for metric, key in (("accuracy", "accuracy"), *filter(None, [METRICS.get(task)])):
-                lines.append((f"{task}, {metric}", {t: row.get(key) for t, row in found.items()}))
+            for name in record.metrics:
+                title = METRICS[name].title
+                lines.append((f"{task}, {title}", {t: row.get(name) for t, row in found.items()}))
             layers = {t: row.get("independent_layers_mean") for t, row in found.items()}
             lines.append((f"{task}, independent layers, mean", layers))
     columns = [

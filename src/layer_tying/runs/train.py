@@ -116,9 +116,8 @@ def _progress_bar(trainer: Trainer) -> tqdm[Any]:
 
 
 def _show(trainer: Trainer, bar: tqdm[Any], loss: float) -> None:
-    tying = trainer.layers.tying
-    bar.set_postfix_str(
-        f"loss {loss:.3f}, val. perplexity {trainer.validation_perplexity:.2f}, "
-        f"{tying.num_independent}/{tying.num_layers} layers",
-        refresh=False,
-    )
+    tying, validated = trainer.layers.tying, trainer.validation_perplexity
+    parts = [f"loss {loss:.3f}", f"{tying.num_independent}/{tying.num_layers} layers"]
+    if validated is not None:
+        parts.insert(1, f"val. perplexity {validated:.2f}")
+    bar.set_postfix_str(", ".join(parts), refresh=False)

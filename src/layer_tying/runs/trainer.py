@@ -91,7 +91,7 @@ class Trainer:
         self.losses: list[Tensor] = []  # of the steps since the last logged one
         self.last_loss: Tensor | None = None  # of the newest step
         self.best: dict[str, float] = NO_BEST
-        self.validation_perplexity = math.nan
+        self.validation_perplexity: float | None = None  # none before the first validation
 
     def _build_model(self, start: Tying) -> None:
         tying, optimization = self.config.tying, self.config.optimization
@@ -249,8 +249,10 @@ class Trainer:
             "peak_memory_bytes": self.tally.peak_memory_bytes,
             **validation,
         }
-        self.folder.metrics(**line)
         self.accelerator.log(line, step=self.step)  # to a tracker, if there is one
+        if scores and self.storage.mixtures:
+            line["coefficients"] = _rounded(self.storage.mixtures.matrices())
+        self.folder.metrics(**line)
         return loss
 
     def save_weights(self, folder: Path, training: Any = None, **facts: Any) -> None:
@@ -314,6 +316,14 @@ class Trainer:
         self.state = None
         if distributed.rank() < len(state["rng"]):
             checkpoint.set_rng_state(state["rng"][distributed.rank()])
+
+
+def _rounded(matrices: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
+    """As much of coefficients as a picture shows."""
+    return {
+        name: [[round(value, 4) for value in row] for row in matrix.tolist()]
+        for name, matrix in matrices.items()
+    }
 
 
 def _my_rows(batch: Any) -> tuple[Any, float]:
