@@ -28,9 +28,10 @@ BELOW = {
     "tasks": {"errors", "files", "core", "models", "data"},
 }
 BELOW["runs"] = {*BELOW, "saving", "tasks"} - {"integrations"}
+BELOW["compression"] = {*BELOW["runs"], "runs"} - {"policies", "dynamic"}
 BELOW["paper"] = {*BELOW["runs"], "runs"}
 BELOW["report"] = {"errors", "files", "data", "tasks", "runs", "paper"}  # but no torch
-BELOW["cli"] = {*BELOW["paper"], "paper", "report"}
+BELOW["cli"] = {*BELOW["paper"], "paper", "compression", "report"}
 LONGEST_FILE = 360  # lines
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from layer_tying.errors import InputError, InvariantError
 
 if TYPE_CHECKING:
+    from layer_tying.compression.compress import compress
     from layer_tying.core.budget import max_independent
     from layer_tying.core.distributed import average_gradients
     from layer_tying.core.find import find_layers
@@ -43,6 +44,7 @@ __all__ = [
     "TrainConfig",
     "Tying",
     "average_gradients",
+    "compress",
     "export_compact",
     "export_expanded",
     "find_layers",
@@ -73,6 +75,7 @@ _HOME = {
     "TrainConfig": "runs.config",
     "Tying": "core.tying",
     "average_gradients": "core.distributed",
+    "compress": "compression.compress",
     "export_compact": "saving.export",
     "export_expanded": "saving.export",
     "find_layers": "core.find",

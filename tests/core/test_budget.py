@@ -11,6 +11,7 @@ from layer_tying import DQN, DynamicTying, InputError, RandomPolicy, TiedLayers,
 from layer_tying.cli import main
 from layer_tying.core.budget import max_independent
 from layer_tying.core.find import find_layers
+from layer_tying.core.patterns import pattern
 from layer_tying.runs.train import train
 from layer_tying.saving.export import COMPACT, export_compact
 
@@ -67,6 +68,21 @@ def test_no_tying_within_the_number_is_over_the_limit(name, dtype, tmp_path):
             assert max_independent(stack, num_parameters=parameters) == number
             slack = SLACK * len(model.state_dict())
             assert max_independent(stack, num_bytes=size + slack, dtype=dtype) == number
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_coefficients_of_mixtures_count(number, tmp_path):
+    layers = TiedLayers(gpt2())
+    stack = find_layers(gpt2())
+    layers.apply(pattern("cycle", len(stack.names), number))
+    layers.mix()
+    model = layers.stack.model
+    parameters, size = num_parameters(model), compact_bytes(model, tmp_path)
+    slack = SLACK * len(model.state_dict())
+    assert max_independent(stack, num_parameters=parameters, mixes=True) == number
+    assert max_independent(stack, num_parameters=parameters - 1, mixes=True) == number - 1
+    assert max_independent(stack, num_bytes=size + slack, mixes=True) == number
+    assert max_independent(stack, num_bytes=size - 1, mixes=True) == number - 1
 
 
 def test_the_least_of_several_limits_counts():

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layer_tying.cli import experiments, use
+from layer_tying.cli import compress, experiments, use
 from layer_tying.cli.experiments import INTERRUPTED
 from layer_tying.cli.flags import refuse
 from layer_tying.errors import InputError
@@ -42,6 +42,7 @@ COMMANDS = {
     "evaluate": Command("score a run's best weights", use.evaluate),
     "export": Command("write a run's best weights for others to load", use.export),
     "generate": Command("go on from a prompt", use.generate),
+    "compress": Command("make a trained model smaller", compress.compress),
     "report": Command("make one page of figures and tables of runs", use.report),
 }
 

@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
 from itertools import pairwise
@@ -26,7 +26,12 @@ from layer_tying.settings import alternatives
 
 T = TypeVar("T")
 NAMES = {"source": "from"}  # of settings whose flag has another name
-OLD_NAMES = {"optimizer_state": ("--moments",)}  # flags that go on working
+# Other names of flags: an older one, and those that one would try first.
+ALIASES = {
+    "dataset": ("--data",),
+    "max_steps": ("--steps",),
+    "optimizer_state": ("--moments",),
+}
 OLD_VALUES = {"damped": "scaled"}
 
 
@@ -75,15 +80,21 @@ def settings_groups(
         leave_out: settings that the command has no flag for.
     """
     left_out = set(leave_out)
-    groups = []
-    for name, kind in GROUPS.items():
-        shown = [each for each in fields(kind) if each.name not in left_out and _is_flag(each)]
-        if shown:
-            flags = [_flag(kind, each.name, defaults[each.name]) for each in shown]
-            group = make_dataclass(kind.__name__, flags)
-            group.__doc__ = (inspect.getdoc(kind) or "").partition("\n")[0]
-            groups.append((name, group, field(default_factory=group)))
-    return [*groups, _flag(TrainConfig, "seed", defaults["seed"])]
+    groups = [group_of(name, kind, defaults, left_out) for name, kind in GROUPS.items()]
+    return [*filter(None, groups), flag_of(TrainConfig, "seed", defaults["seed"])]
+
+
+def group_of(
+    name: str, kind: type, defaults: Mapping[str, Any], leave_out: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """A field for ``make_dataclass`` that holds the flags of a group; None if there are none."""
+    shown = [each for each in fields(kind) if each.name not in leave_out and _is_flag(each)]
+    if not shown:
+        return None
+    flags = [flag_of(kind, each.name, defaults[each.name]) for each in shown]
+    group = make_dataclass(kind.__name__, flags)
+    group.__doc__ = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return name, group, field(default_factory=group)
 
 
 def settings_given(options: Any) -> dict[str, Any]:
@@ -105,12 +116,13 @@ def _is_flag(each: Field[Any]) -> bool:
     return not each.metadata.get("hidden")
 
 
-def _flag(kind: type, name: str, default: Any) -> tuple[str, Any, Any]:
+def flag_of(kind: type, name: str, default: Any) -> tuple[str, Any, Any]:
+    """A field for ``make_dataclass``: the flag of a setting, with the help that stands below it."""
     hint = get_type_hints(kind)[name]
     default = None if default == "" else default
     argument = tyro.conf.arg(
         name=NAMES.get(name),
-        aliases=OLD_NAMES.get(name),
+        aliases=ALIASES.get(name),
         help=_help_texts(kind)[name],
         help_behavior_hint="" if default is None or hint is bool else f"(default: {default})",
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layer_tying.core.find import LayerStack
+from layer_tying.core.find import MIXTURE, LayerStack
 from layer_tying.core.tying_settings import settings_of
 from layer_tying.errors import InputError
 
@@ -30,6 +30,7 @@ def max_independent(
     num_parameters: int | None = None,
     num_bytes: int | None = None,
     dtype: torch.dtype | None = None,
+    mixes: bool = False,
 ) -> int:
     """The most independent layers with which a model stays within limits, whatever its tying.
 
@@ -39,6 +40,7 @@ def max_independent(
         num_parameters: a limit on the distinct parameters of the whole model.
         num_bytes: a limit on the file that ``export_compact`` writes.
         dtype: the type in which it stores the weights; the model's own by default.
+        mixes: whether the layers will read mixtures, whose coefficients count as well.
 
     Raises:
         InputError: if a limit is below what the model has with one layer of each kind.
@@ -50,8 +52,8 @@ def max_independent(
             raise _too_small(num_layers, "independent layers", num_kinds, num_kinds)
         found.append(num_layers)
     sizes = (
-        (num_parameters, "parameters", _numbers_of_parameters(stack)),
-        (num_bytes, "bytes", _numbers_of_bytes(stack, dtype)),
+        (num_parameters, "parameters", _numbers_of_parameters(stack, mixes)),
+        (num_bytes, "bytes", _numbers_of_bytes(stack, dtype, mixes)),
     )
     for limit, unit, size_with in sizes:
         if limit is not None:
@@ -69,17 +71,33 @@ def _too_small(limit: int, unit: str, least: int, num_kinds: int) -> InputError:
     )
 
 
-def _numbers_of_parameters(stack: LayerStack) -> dict[int, int]:
+def _numbers_of_parameters(stack: LayerStack, mixes: bool) -> dict[int, int]:
     """For each number of independent layers, the parameters of the largest tying of so many."""
-    return _sizes(stack, {p: p.numel() for p in stack.model.parameters()})
+    sizes = _sizes(stack, {p: p.numel() for p in stack.model.parameters()})
+    vectors = len(_mixing(stack)) if mixes else 0
+    return {n: size + n * vectors for n, size in sizes.items()}
 
 
-def _numbers_of_bytes(stack: LayerStack, dtype: torch.dtype | None) -> dict[int, int]:
+def _numbers_of_bytes(stack: LayerStack, dtype: torch.dtype | None, mixes: bool) -> dict[int, int]:
     """For each number of independent layers, a bound on the bytes of its compact export."""
     state = stack.model.state_dict(keep_vars=True)
     sizes = {tensor: tensor.numel() * _itemsize(tensor, dtype) for tensor in state.values()}
-    header = _header_bytes(state, sum(sizes.values())) + _settings_bytes(stack)
-    return {n: size + header for n, size in _sizes(stack, sizes).items()}
+    vectors = _mixing(stack) if mixes else {}
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    shapes |= {f"{name}{MIXTURE}": [len(stack.names)] for name in vectors}
+    header = _header_bytes(shapes, sum(sizes.values())) + _settings_bytes(stack)
+    of_one = sum(_itemsize(matrix, dtype) for matrix in vectors.values())
+    return {n: size + n * of_one + header for n, size in _sizes(stack, sizes).items()}
+
+
+def _mixing(stack: LayerStack) -> dict[str, Tensor]:
+    """The matrices of all layers, by names in the model; each would have coefficients."""
+    return {
+        f"{layer}.{name}": parameter
+        for layer, slots in zip(stack.names, stack.slots, strict=True)
+        for name, (module, attribute) in slots.items()
+        if (parameter := module._parameters[attribute]) is not None and parameter.ndim > 1
+    }
 
 
 def _sizes(stack: LayerStack, sizes: Mapping[Tensor, int]) -> dict[int, int]:
@@ -101,12 +119,12 @@ def _itemsize(tensor: Tensor, dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size()
 
 
-def _header_bytes(state: Mapping[str, Tensor], data_bytes: int) -> int:
+def _header_bytes(shapes: Mapping[str, list[int]], data_bytes: int) -> int:
     """Each name is that of a stored tensor, or in the map: the longer of the two is counted."""
-    longest = max(state, key=len)
+    longest = max(shapes, key=len)
     total = FRAME
-    for name, tensor in state.items():
-        stored = ENTRY.format(name, list(tensor.shape), data_bytes, data_bytes)
+    for name, shape in shapes.items():
+        stored = ENTRY.format(name, shape, data_bytes, data_bytes)
         mapped = json.dumps(f'"{name}": "{longest}", ')
         total += max(len(stored), len(mapped))
     return total

@@ -26,6 +26,7 @@ from layer_tying.report import (
     style,
     tables,
 )
+from layer_tying.report.album import Album
 from layer_tying.report.formats import format_number, format_percent, format_times
 from layer_tying.report.runs import (
     REPETITION_KEYS,
@@ -74,25 +75,15 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
         raise InputError("no run folder given: name at least one")
     groups = group_runs([read_run(folder) for folder in folders])
     output = Path(output)
-    album = output.with_name(f"{output.stem}_figures")
-    written = [output]
-
-    def show(name: str, figure: Figure, caption: str) -> Markup:
-        svg, png = style.render(figure)
-        for suffix, content in ((".svg", svg.encode()), (".png", png)):
-            written.append(album / (name + suffix))
-            written[-1].write_bytes(content)
-        return page.figure(svg, name, caption, is_wide=figure.get_figwidth() > style.NARROW)
-
     try:
-        album.mkdir(parents=True, exist_ok=True)
+        album = Album(output)
         with matplotlib.rc_context(style.STYLE):
-            sections = _sections(groups, show)
+            sections = _sections(groups, album.show)
         html = page.document(_title(groups), _lead(groups), _tiles(groups), sections)
         output.write_text(html, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output}: cannot write the report: {error.strerror}") from None
-    return written
+    return [output, *album.written]
 
 
 def _sections(groups: list[RunGroup], show: Show) -> list[tuple[str, list[Markup]]]:

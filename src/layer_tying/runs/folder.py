@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -16,10 +16,18 @@ from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
 from layer_tying.policies.base import Decision
-from layer_tying.runs.config import CONFIG, TrainConfig
+from layer_tying.runs.config import CONFIG
 
 METRICS, DECISIONS, SUMMARY = "metrics.jsonl", "tying.jsonl", "summary.json"
 LOCK = ".lock"
+
+
+class Written(Protocol):
+    """A configuration that is written into a folder."""
+
+    def to_json(self) -> str:
+        """It as JSON."""
+        ...
 
 
 class RunFolder:
@@ -52,7 +60,7 @@ class RunFolder:
         """Let other runs use the folder; the end of the process does so too."""
         self._lock.release()
 
-    def start(self, config: TrainConfig, overwrite: bool) -> None:
+    def start(self, config: Written, overwrite: bool) -> None:
         """Begin a new run in the folder. What others have put there stays.
 
         Raises:
@@ -64,7 +72,7 @@ class RunFolder:
         if any(file.exists() for file in files) and not overwrite:
             raise InputError(
                 f"{self.path} holds a run: go on with --resume, replace it with --overwrite, "
-                f"or name another --exp"
+                f"or name another folder"
             )
         with _writing(self.path):
             for file in files:

@@ -94,6 +94,7 @@ def rules_of(config: TyingConfig, model_config: PretrainedConfig) -> Rules:
         num_parameters=config.budget_parameters,
         num_bytes=config.budget_bytes,
         dtype=DTYPES[config.export_dtype] if config.export_dtype else None,
+        mixes=config.policy == "mixture",
     )
     return Rules(stack.kinds, most)
 

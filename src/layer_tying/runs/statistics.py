@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from layer_tying.runs.memory import ModelState
 
@@ -30,6 +33,18 @@ class Stopwatch:
     def total(self) -> float:
         """Seconds in all laps so far."""
         return sum(self.seconds.values())
+
+
+def progress_bar(name: str, done: int, total: int, is_shown: bool = True) -> tqdm[Any]:
+    """A bar of optimizer steps."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=name,
+        disable=not is_shown,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, {remaining} left",
+    )
 
 
 @dataclass

@@ -6,7 +6,6 @@ line a decision), ``checkpoints/`` and, once it has ended, ``summary.json``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from layer_tying.runs.devices import check_shares, make_accelerator
 from layer_tying.runs.folder import RunFolder
 from layer_tying.runs.interrupt import stop_requests
 from layer_tying.runs.resolve import resolve
+from layer_tying.runs.statistics import progress_bar
 from layer_tying.runs.summary import summarise
 from layer_tying.runs.tasks import task_of
 from layer_tying.runs.tracking import check_installed, tracking
@@ -84,7 +84,8 @@ def run(trainer: Trainer, stop_requested: Callable[[], bool]) -> None:
     trainer.clock.lap("prepare")
     evaluation, logging = trainer.config.evaluation, trainer.config.logging
     assert evaluation.eval_every and logging.save_every, "the defaults are not settled"
-    with _progress_bar(trainer) as bar:
+    name, is_shown = trainer.config.logging.exp, trainer.accelerator.is_main_process
+    with progress_bar(name, trainer.step, trainer.num_steps, is_shown) as bar:
         while trainer.step < trainer.num_steps:
             trainer.train_step()
             trainer.decide()
@@ -102,17 +103,6 @@ def run(trainer: Trainer, stop_requested: Callable[[], bool]) -> None:
                     f"stopped at step {trainer.step} of {trainer.num_steps}; "
                     f"go on with the same command and --resume"
                 )
-
-
-def _progress_bar(trainer: Trainer) -> tqdm[Any]:
-    return tqdm(
-        total=trainer.num_steps,
-        initial=trainer.step,
-        desc=trainer.config.logging.exp,
-        disable=not trainer.accelerator.is_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, {remaining} left",
-    )
 
 
 def _show(trainer: Trainer, bar: tqdm[Any], loss: float) -> None:

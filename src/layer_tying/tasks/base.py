@@ -21,9 +21,9 @@ from layer_tying.errors import InputError
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import FAMILIES
 from layer_tying.tasks.glue import GlueTask
-from layer_tying.tasks.images import ImageTask
+from layer_tying.tasks.images import ImageTask, image_config
 from layer_tying.tasks.khop import KhopTask
-from layer_tying.tasks.language import LanguageTask, is_masked
+from layer_tying.tasks.language import LanguageTask, is_masked, language_config
 
 
 class Task(Protocol):
@@ -81,13 +81,17 @@ def build_task(
     if data.task:
         return _glue(data, model, seed, tokenizer_folder)
     if FAMILIES[model.family].kind == "image":
-        return ImageTask(data, model, seed, load_images(data.dataset, data.data_dir))
+        images = load_images(data.dataset, data.data_dir)
+        return ImageTask(data, image_config(model, images), seed, images)
     if is_khop(data.dataset):
         return KhopTask(data, model, seed)
     texts = load_texts(data.dataset, data.data_dir)
     tokenizer = load_tokenizer(data.tokenizer, texts.train, data.data_dir)
-    last_words = [] if is_masked(data, model) else load_last_words(data.dataset, data.data_dir)
-    return LanguageTask(data, model, seed, tokenize(texts, tokenizer), last_words)
+    masked = is_masked(data, model)
+    last_words = [] if masked else load_last_words(data.dataset, data.data_dir)
+    config = language_config(data, model, tokenizer)
+    corpus = tokenize(texts, tokenizer)
+    return LanguageTask(data, config, seed, corpus, masked=masked, last_words=last_words)
 
 
 def _glue(

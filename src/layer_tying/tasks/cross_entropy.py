@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from layer_tying.data.batches import IGNORED
 from layer_tying.models.families import FAMILIES
+from layer_tying.tasks.evaluation import cross_entropy
 
 CHUNK = 2**23  # logits computed at a time: 32 MiB in float32
 
@@ -28,9 +29,13 @@ def language_model_loss(model: PreTrainedModel, inputs: Tensor, labels: Tensor) 
     """Mean nats per predicted token: what ``cross_entropy(model(inputs).logits, labels)`` gives.
 
     Args:
-        model: of a language family in ``FAMILIES``, with its language model's head.
+        model: with its language model's head. Of a family in ``FAMILIES`` the logits are never in
+            memory at once; of others, which may do more after the head, they are.
         inputs, labels: [B, T] token ids, already shifted; label -100 is not predicted.
     """
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return cross_entropy(model(input_ids=inputs).logits, labels)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
     pending: list[Tensor] | None = None
@@ -40,9 +45,8 @@ def language_model_loss(model: PreTrainedModel, inputs: Tensor, labels: Tensor) 
         hidden = model.base_model(inputs_embeds=embedded).last_hidden_state
     else:
         hidden = model.base_model(input_ids=inputs).last_hidden_state
-    transform = FAMILIES[model.config.model_type].head_transform
-    if transform:
-        hidden = model.get_submodule(transform)(hidden)
+    if family.head_transform:
+        hidden = model.get_submodule(family.head_transform)(hidden)
     return chunked_cross_entropy(hidden, head, labels, pending)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core import distributed
 from layer_tying.data.batches import REWARD_SEED, Stream
@@ -32,15 +32,21 @@ Pair = tuple[np.ndarray, np.ndarray]  # uint8 pixels [B, H, W, C] and labels [B]
 
 
 class ImageTask:
-    """Image classification; perplexity is the exponential of the cross-entropy."""
+    """Image classification; perplexity is the exponential of the cross-entropy.
 
-    def __init__(self, data: DataConfig, model: ModelConfig, seed: int, images: Images) -> None:
+    Args:
+        data: the sizes of the batches.
+        model_config: the model that is trained.
+        seed: of the order of the batches.
+        images: all of them.
+    """
+
+    def __init__(
+        self, data: DataConfig, model_config: PretrainedConfig, seed: int, images: Images
+    ) -> None:
         self.images = images
+        self.model_config = model_config
         self._eval_batch_size = data.eval_batch_size
-        _, height, _, num_channels = images.x_train.shape
-        self.model_config = transformers_config(
-            model, ImageInput(height, num_channels, images.classes)
-        )
         ordered = self._batches(data.batch_size, seed)
         self.batches: Stream = ordered
         self.reward_batches: Stream = self._batches(data.batch_size, seed + REWARD_SEED)
@@ -57,11 +63,11 @@ class ImageTask:
     def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
         """Mean nats per image of uint8 pixels [B, H, W, C] and labels [B]."""
         labels = torch.from_numpy(batch[1]).to(model.device)
-        return cross_entropy(self._logits(model, batch[0]), labels)
+        return cross_entropy(logits_of_images(model, batch[0]), labels)
 
     def accuracy(self, model: PreTrainedModel, batch: Pair) -> float:
         """The share of images that are put into their class."""
-        return metrics.accuracy(most_likely(self._logits(model, batch[0])), batch[1])
+        return metrics.accuracy(most_likely(logits_of_images(model, batch[0])), batch[1])
 
     def scores(
         self, model: PreTrainedModel, split: str, max_batches: int | None = None
@@ -71,16 +77,27 @@ class ImageTask:
         y = getattr(self.images, f"y_{split}")
         rows_of_batches = slices(len(x), self._eval_batch_size, max_batches)
         with evaluating(model):
-            mine = [self._logits(model, x[rows]) for rows in distributed.dealt(rows_of_batches)]
+            mine = [logits_of_images(model, x[rows]) for rows in distributed.dealt(rows_of_batches)]
         return metrics.scores(METRICS, class_outcome(mine, y))
 
     def save(self, folder: Path) -> None:
         """Nothing: the model's configuration names its classes."""
 
-    @staticmethod
-    def _logits(model: PreTrainedModel, pixels: np.ndarray) -> Tensor:
-        scaled = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2) / 127.5 - 1
-        return model(pixel_values=scaled).logits
+
+def image_config(model: ModelConfig, images: Images) -> PretrainedConfig:
+    """The configuration of a model that tells these images apart."""
+    _, height, _, num_channels = images.x_train.shape
+    return transformers_config(model, ImageInput(height, num_channels, images.classes))
+
+
+def scaled(pixels: np.ndarray) -> Tensor:
+    """What a model reads of uint8 pixels [B, H, W, C]: from -1 to 1, [B, C, H, W]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def logits_of_images(model: PreTrainedModel, pixels: np.ndarray) -> Tensor:
+    """Logits [B, classes] of uint8 pixels [B, H, W, C], on the model's device."""
+    return model(pixel_values=scaled(pixels).to(model.device)).logits
 
 
 def _sha256(images: Images) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core import distributed
 from layer_tying.data.batches import (
@@ -44,39 +44,49 @@ def is_masked(data: DataConfig, model: ModelConfig) -> bool:
     return FAMILIES[model.family].predicts_masked and data.objective == "masked"
 
 
+def language_config(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> PretrainedConfig:
+    """The configuration of a language model that reads what a tokenizer makes of a text."""
+    return transformers_config(
+        model,
+        TextInput(
+            tokenizer.vocab_size,
+            data.bptt,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+            causal=not is_masked(data, model),
+        ),
+    )
+
+
 class LanguageTask:
     """Next-token prediction, or masked-token prediction where the family has it.
 
     Args:
-        data, model, seed: the run's.
+        data: how the text is cut into batches.
+        model_config: the model that is trained.
+        seed: of the order of the batches.
         corpus: the tokenised text.
+        masked: whether masked tokens are predicted, and not the next one.
         last_words: of LAMBADA, the (context, last word) pairs that are scored with the test split.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        model: ModelConfig,
+        model_config: PretrainedConfig,
         seed: int,
         corpus: Corpus,
+        *,
+        masked: bool,
         last_words: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.corpus = corpus
         self.tokenizer: Tokenizer = corpus.tokenizer
-        self.masked = is_masked(data, model)
+        self.masked = masked
+        self.model_config = model_config
         self._last_words = last_words
         self._length = data.bptt
         self._eval_batch_size = data.eval_batch_size
-        self.model_config = transformers_config(
-            model,
-            TextInput(
-                self.tokenizer.vocab_size,
-                data.bptt,
-                self.tokenizer.eos_id,
-                self.tokenizer.pad_id,
-                causal=not self.masked,
-            ),
-        )
         train = corpus.train.tokens
         ordered = Batches(train, data.bptt, data.batch_size, seed)
         rewards = Batches(train, data.bptt, data.batch_size, seed + REWARD_SEED)

@@ -1,0 +1,117 @@
+"""``compress(model, batches, layers=4)``: a trained model becomes a smaller one of its class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from layer_tying.compression.healing import Healing
+from layer_tying.compression.outcome import OutcomeOf
+from layer_tying.compression.outcome import outcome_of as usual_outcome_of
+from layer_tying.compression.sensitivity import Probe, choose, number_of_groups
+from layer_tying.compression.settings import (
+    USUAL,
+    BudgetSettings,
+    HealingSettings,
+    SearchSettings,
+)
+from layer_tying.core.find import find_layers
+from layer_tying.errors import InputError
+from layer_tying.runs.config import OptimizationConfig
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: int | None = None,
+    parameters: int | None = None,
+    bytes: int | None = None,
+    steps: int = 2000,
+    stack: str | Sequence[str] | None = None,
+    untied: Sequence[str] = (),
+    outcome_of: OutcomeOf = usual_outcome_of,
+    **settings: Any,
+) -> nn.Module:
+    """A copy of a trained model whose layers share weights, trained to do what the model did.
+
+    Example::
+
+        small = compress(model, batches, layers=4, steps=2_000)
+        export_compact(small, "small")
+
+    Args:
+        model: any module that holds its layers in one list of equal blocks and returns logits, as
+            models of transformers do. It is not changed.
+        batches: what the model is called with: mappings of keyword arguments (where they have
+            ``labels``, the ordinary loss is minimised as well), or tensors. They are gone through
+            again when they end, which a list and a ``DataLoader`` allow.
+        layers, parameters, bytes: the size to reach, as independent layers, parameters of the whole
+            model, or bytes of the file that ``export_compact`` writes.
+        steps: optimizer steps, on one batch each.
+        stack: the dotted name of the list of layers, or several; found where there is only one.
+        untied: name patterns of parameters that each layer keeps for itself.
+        outcome_of: what to make of the model and a batch, where they are unlike the usual ones.
+        settings: of ``SearchSettings``, ``HealingSettings`` and ``OptimizationConfig``, by name:
+            ``sharing``, ``gradual``, ``temperature``, ``lr``, ``precision``, ...
+
+    Returns:
+        The small model, a module of the same class. Exports, ``TiedLayers`` and training take it.
+
+    Raises:
+        InputError: if the layers cannot be found, no tying keeps within the budget, the batches
+            end early, or the model's outputs are not finite.
+    """
+    search, healing, optimization = _groups(settings, steps)
+    budget = BudgetSettings(layers, parameters, bytes)
+    options = {"layers": stack, "untied": tuple(untied)}
+    endless = _endless(batches, steps)
+    found = find_layers(model, stack, untied)
+    number = number_of_groups(budget, healing, found)
+    probe = Probe(found, list(islice(endless, search.probes)), outcome_of)
+    reading = choose(probe, number, search.groups).reading
+    student = copy.deepcopy(model)
+    run = Healing(model, student, reading, optimization, healing, outcome_of=outcome_of, **options)
+    was_training = model.training
+    while run.step < run.num_steps:
+        run.train_step(next(endless))
+    model.train(was_training)
+    return run.student.eval()
+
+
+def _groups(
+    settings: dict[str, Any], steps: int
+) -> tuple[SearchSettings, HealingSettings, OptimizationConfig]:
+    """Settings by their names, in their groups.
+
+    Raises:
+        InputError: if there is no such setting, or a value does not fit.
+    """
+    left = {**USUAL, **settings, "max_steps": steps}
+    groups: list[Any] = []
+    for kind in (SearchSettings, HealingSettings, OptimizationConfig):
+        names = {each.name for each in fields(kind)} & left.keys()
+        groups.append(kind(**{name: left.pop(name) for name in names}))
+    if left:
+        raise InputError(f"there is no setting {next(iter(left))!r}")
+    return groups[0], groups[1], groups[2]
+
+
+def _endless(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """The batches again and again."""
+    count = 0
+    while True:
+        before = count
+        for batch in batches:
+            count += 1
+            yield batch
+        if count == before:
+            raise InputError(
+                f"the batches ended after {count}, and {steps} steps need more: give a list or a "
+                f"DataLoader, which can be gone through again"
+            )

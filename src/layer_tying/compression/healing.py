@@ -1,0 +1,162 @@
+"""Healing: a tied model is trained to do what the untouched one did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_tying.compression.grouping import Reading
+from layer_tying.compression.outcome import OutcomeOf, divergence
+from layer_tying.compression.settings import HealingSettings
+from layer_tying.core.mixtures import FACTOR_KEY
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.runs.config import OptimizationConfig
+from layer_tying.runs.optimization import adamw, learning_rate
+
+
+def tie_as(layers: TiedLayers, reading: Reading) -> None:
+    """Tie layers so that each reads what a reading says, from the weights in use now.
+
+    The first layer of a group becomes its owner and takes over the weights of the group's source.
+    """
+    tying = Tying.from_labels(reading)
+    with torch.no_grad():
+        for owner in tying.independent_layers:
+            if layers.tying.owners[reading[owner]] != layers.tying.owners[owner]:
+                taken = layers.parameters(reading[owner])
+                for name, parameter in layers.parameters(owner).items():
+                    parameter.copy_(taken[name])
+                layers.drop_optimizer_state([owner])
+    layers.apply(tying)
+
+
+def stages(reading: Reading) -> list[Reading]:
+    """A reading reached by one group after another, the group of the last layer first."""
+    found = []
+    now = tuple(range(len(reading)))
+    for source in dict.fromkeys(reversed(reading)):
+        now = tuple(source if reading[layer] == source else old for layer, old in enumerate(now))
+        found.append(now)
+    return found
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step of healing minimised.
+
+    Attributes:
+        divergence: of the student's outputs from the teacher's, in nats.
+        loss: on the labels, in nats; None without labels.
+    """
+
+    divergence: Tensor
+    loss: Tensor | None
+
+
+class Healing:
+    """A student that is trained to give its teacher's outputs, step by step.
+
+    Args:
+        teacher: the untouched model; it is used in eval mode and does not change.
+        student: a copy of it, whose layers are independent; it is tied here.
+        reading: what the student's layers read in the end.
+        optimization: the number of steps (``max_steps``), the learning rate and the like.
+        settings: of the sharing and the loss.
+        outcome_of: what a model makes of a batch.
+        options: of ``TiedLayers``.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        reading: Reading,
+        optimization: OptimizationConfig,
+        settings: HealingSettings,
+        *,
+        outcome_of: OutcomeOf,
+        **options: Any,
+    ) -> None:
+        assert optimization.max_steps is not None
+        self.teacher = teacher.eval()
+        self.student = student.train()
+        self.optimization = optimization
+        self.settings = settings
+        self.num_steps: int = optimization.max_steps
+        self.step = 0
+        self.optimizer = adamw(student, optimization)
+        self.layers = TiedLayers(student, self.optimizer, **options)
+        self._blocks = [teacher.get_submodule(name) for name in self.layers.stack.names]
+        self._outcome_of = outcome_of
+        self._stages = stages(reading) if settings.gradual else [reading]
+        self._tie_what_is_due()
+
+    def train_step(self, batch: Any) -> Progress:
+        """One optimizer step on a batch."""
+        self._tie_what_is_due()
+        rate = learning_rate(self.optimization, self.step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get(FACTOR_KEY, 1.0)
+        total, progress = self._objective(batch)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), self.optimization.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return progress
+
+    def _objective(self, batch: Any) -> tuple[Tensor, Progress]:
+        device = next(self.student.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.optimization.precision == "bf16"):
+            with torch.no_grad(), _outputs_of(self._blocks) as theirs:
+                wanted = self._outcome_of(self.teacher, batch)
+            with _outputs_of(self.layers.stack.blocks) as ours:
+                found = self._outcome_of(self.student, batch)
+        apart = divergence(found.logits, wanted.logits, self.settings.temperature)
+        share = 0.0 if found.loss is None else self.settings.loss_weight
+        total = (1 - share) * apart
+        if found.loss is not None:
+            total = total + share * found.loss
+        if self.settings.hidden_weight:
+            total = total + self.settings.hidden_weight * _distance(ours, theirs)
+        return total, Progress(apart.detach(), None if found.loss is None else found.loss.detach())
+
+    def _tie_what_is_due(self) -> None:
+        """The tying of this step; the last one, from which mixtures start, from half way on."""
+        last = len(self._stages) - 1
+        due = self._stages[min(last, 2 * self.step * len(self._stages) // self.num_steps)]
+        if self.layers.mixtures is None and self.layers.tying != Tying.from_labels(due):
+            tie_as(self.layers, due)
+        if due == self._stages[last] and self.settings.sharing == "mixture":
+            self.layers.mix()
+
+
+@contextmanager
+def _outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What layers return while the context lasts (of a tuple, its first element)."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _distance(hidden: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of the squared distance, relative to the squared size of the target."""
+    each = [
+        (one.float() - other.float()).pow(2).mean() / other.float().pow(2).mean()
+        for one, other in zip(hidden, wanted, strict=True)
+    ]
+    return torch.stack(each).mean()

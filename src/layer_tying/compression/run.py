@@ -1,0 +1,331 @@
+"""``layer-tying compress``: all the way from a model's folder to a smaller one's.
+
+OUTPUT is an export that ``load`` takes, with a card and a report. OUTPUT/run keeps what it takes to
+go on: ``config.json``, ``choice.json`` (what was measured, once), ``metrics.jsonl``, checkpoints
+and, at the end, ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layer_tying.compression import source
+from layer_tying.compression.healing import Healing, Progress
+from layer_tying.compression.outcome import OutcomeOf
+from layer_tying.compression.sensitivity import (
+    Probe,
+    choose,
+    number_of_groups,
+    reading_from,
+)
+from layer_tying.compression.settings import CHOICE, RUN, CompressConfig
+from layer_tying.core import distributed
+from layer_tying.core.find import find_layers
+from layer_tying.data.tokenizer import Tokenizer
+from layer_tying.errors import InputError
+from layer_tying.events import at
+from layer_tying.files import write_text_whole
+from layer_tying.runs.devices import make_accelerator
+from layer_tying.runs.folder import RunFolder
+from layer_tying.runs.interrupt import stop_requests
+from layer_tying.runs.precision import autocast, usual_precision
+from layer_tying.runs.statistics import Stopwatch, progress_bar
+from layer_tying.runs.summary import environment
+from layer_tying.runs.train import Interrupted
+from layer_tying.saving import checkpoint
+from layer_tying.saving.export import COMPACT, DTYPES, export_compact
+from layer_tying.saving.export_run import tokenizer_of
+from layer_tying.tasks.base import Task
+
+KEPT_CHECKPOINTS = 2
+PARTS = 10  # of a run, each of which ends with a validation and a checkpoint
+VALIDATION_BATCHES = 50  # of a validation on the way; those at the start and the end are whole
+
+
+@dataclass(frozen=True)
+class Work:
+    """A compression: what it is made of, and where it is written.
+
+    Attributes:
+        config: what was asked for, every default settled.
+        folder: OUTPUT/run.
+        teacher: the untouched model, on the device.
+        task: its data.
+        outcome_of: what a model makes of a batch of them.
+        tokenizer: of the text, if it is text.
+        clock: where the time goes.
+    """
+
+    config: CompressConfig
+    folder: RunFolder
+    teacher: PreTrainedModel
+    task: Task
+    outcome_of: OutcomeOf
+    tokenizer: Tokenizer | None
+    clock: Stopwatch
+
+    def scores(self, model: Any, split: str, most: int | None = None) -> dict[str, float]:
+        """What a model reaches on a split."""
+        with autocast(self.config.optimization.precision, model.device):
+            return self.task.scores(model, split, most)
+
+
+def compress_run(
+    config: CompressConfig, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Compress as configured, and return the summary that is also written.
+
+    Args:
+        config: what is compressed, on which data, into what.
+        resume: go on from the newest whole checkpoint in OUTPUT/run.
+        overwrite: replace what is already there.
+
+    Raises:
+        InputError: if the model, the data, the budget or the folder cannot be used.
+        Interrupted: on Ctrl-C or SIGTERM, after saving.
+    """
+    device = make_accelerator().device
+    if distributed.world_size() > 1:
+        raise InputError("compress runs in one process: start it without a launcher")
+    config = config.settled(usual_precision(device))
+    teacher = source.open_model(Path(config.source)).to(device)
+    kind = source.kind_of(teacher)
+    tokenizer = tokenizer_of(config.source) if kind.reads_text else None
+    task = kind.task(config, teacher, tokenizer)
+    folder = RunFolder(Path(config.output) / RUN)
+    work = Work(config, folder, teacher, task, kind.outcome_of, tokenizer, Stopwatch(device))
+    try:
+        folder.hold()
+        _begin_or_check(work, resume, overwrite)
+        chosen = _chosen(work)
+        healing = _healing(work, chosen)
+        if resume and checkpoint.has_steps(folder.checkpoints):
+            _restore(work, healing)
+        _heal(work, healing)
+        return _finish(work, healing, chosen)
+    finally:
+        folder.release()
+
+
+def _begin_or_check(work: Work, resume: bool, overwrite: bool) -> None:
+    """Start the folder, or check that it is of the same compression.
+
+    Raises:
+        InputError: if it holds another one, or the model that it was started from has changed.
+    """
+    path = work.folder.path
+    if not resume:
+        (path / CHOICE).unlink(missing_ok=True)
+        work.folder.start(work.config, overwrite)
+        return
+    if not (path / "config.json").is_file():
+        raise InputError(f"{work.config.output} holds no compression to go on with")
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    asked = json.loads(work.config.to_json())
+    for name, value in asked.items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"cannot resume {work.config.output} with another configuration: {name} is "
+                f"{saved.get(name)!r} in the saved one and {value!r} in the other"
+            )
+
+
+def _chosen(work: Work) -> dict[str, Any]:
+    """The groups and what was measured for them: of ``choice.json``, or measured now."""
+    file = work.folder.path / CHOICE
+    mark = source.fingerprint(work.teacher)
+    if file.is_file():
+        chosen = json.loads(file.read_text(encoding="utf-8"))
+        if chosen["fingerprint"] != mark:
+            raise InputError(f"the weights in {work.config.source} are no longer those of {file}")
+        return chosen
+    before = {split: work.scores(work.teacher, split) for split in ("validation", "test")}
+    work.clock.lap("validate")
+    config = work.config
+    stack = find_layers(work.teacher)
+    dtype = DTYPES[config.export_dtype] if config.export_dtype else None
+    number = number_of_groups(config.budget, config.healing, stack, dtype)
+    position = work.task.batches.state()
+    batches = [next(work.task.batches) for _ in range(config.search.probes)]
+    work.task.batches.restore(position)
+    probe = Probe(stack, batches, work.outcome_of)
+    choice = choose(probe, number, config.search.groups)
+    work.clock.lap("decide")
+    with reading_from(stack, choice.reading):
+        tied = work.scores(work.teacher, "validation")
+    chosen = {
+        "fingerprint": mark,
+        "seconds": work.clock.seconds["decide"],
+        "measurements": probe.count,
+        **_without_infinities(asdict(choice)),
+        "before": before,
+        "tied": tied,
+    }
+    write_text_whole(file, json.dumps(chosen))
+    return chosen
+
+
+def _healing(work: Work, chosen: Mapping[str, Any]) -> Healing:
+    torch.manual_seed(work.config.seed)
+    return Healing(
+        work.teacher,
+        copy.deepcopy(work.teacher),
+        tuple(chosen["reading"]),
+        work.config.optimization,
+        work.config.healing,
+        outcome_of=work.outcome_of,
+    )
+
+
+def _heal(work: Work, healing: Healing) -> None:
+    """Train to the last step, or save and leave when a stop is requested."""
+    part = max(1, healing.num_steps // PARTS)
+    with (
+        progress_bar(Path(work.config.output).name, healing.step, healing.num_steps) as bar,
+        stop_requests() as stop_requested,
+    ):
+        while healing.step < healing.num_steps:
+            at("step")
+            progress = healing.train_step(next(work.task.batches))
+            bar.update()
+            is_last, must_stop = healing.step == healing.num_steps, stop_requested()
+            if is_last or healing.step % part == 0:
+                scores = _log(work, healing, progress)
+                bar.set_postfix_str(_shown(progress, scores), refresh=False)
+                _save(work, healing)
+            elif must_stop:
+                _save(work, healing)
+            if must_stop and not is_last:
+                raise Interrupted(
+                    f"stopped at step {healing.step} of {healing.num_steps}; "
+                    f"go on with the same command and --resume"
+                )
+
+
+def _log(work: Work, healing: Healing, progress: Progress) -> dict[str, float]:
+    """Validate, and add a line to ``metrics.jsonl``."""
+    work.clock.lap("heal")
+    scores = work.scores(healing.student, "validation", VALIDATION_BATCHES)
+    work.clock.lap("validate")
+    if not math.isfinite(float(progress.divergence)):
+        raise InputError(
+            f"the divergence is {float(progress.divergence)} at step {healing.step}: take a "
+            f"smaller --lr than {healing.optimization.lr}; checkpoints before it are whole"
+        )
+    work.folder.metrics(
+        step=healing.step,
+        seconds=round(work.clock.total, 3),
+        divergence=float(progress.divergence),
+        loss=_known(progress.loss),
+        independent_layers=healing.layers.tying.num_independent,
+        **{f"validation_{name}": value for name, value in scores.items()},
+    )
+    return scores
+
+
+def _shown(progress: Progress, scores: Mapping[str, float]) -> str:
+    loss, perplexity = _known(progress.loss), scores["perplexity"]
+    apart = float(progress.divergence)
+    return f"divergence {apart:.3f}, loss {loss:.3f}, val. perplexity {perplexity:.2f}"
+
+
+def _known(loss: Tensor | None) -> float:
+    assert loss is not None, "the tasks of the command have labels"
+    return float(loss)
+
+
+def _save(work: Work, healing: Healing) -> None:
+    """Write a checkpoint of everything that going on exactly needs."""
+    at("save")
+    work.clock.lap("heal")
+    folder, model = work.folder.checkpoints, healing.student
+    checkpoint.save_checkpoint(
+        checkpoint.step_folder(folder, healing.step),
+        model,
+        healing.layers.tying,
+        step=healing.step,
+        config=json.loads(work.config.to_json()),
+        training={
+            "optimizer": checkpoint.optimizer_state_by_name(model, healing.optimizer),
+            "batches": work.task.batches.state(),
+            "rng": checkpoint.rng_state(),
+            "seconds": work.clock.seconds,
+        },
+    )
+    checkpoint.keep_newest(folder, KEPT_CHECKPOINTS)
+    work.clock.lap("save")
+
+
+def _restore(work: Work, healing: Healing) -> None:
+    """Go on from the newest whole checkpoint, exactly."""
+    saved, problems = checkpoint.newest_checkpoint(work.folder.checkpoints)
+    for problem in problems:
+        print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
+    state = saved.training_state()
+    healing.layers.apply(saved.tying)
+    if saved.settings.mixes:
+        healing.layers.mix()
+    checkpoint.load_tensors(healing.student, saved.weights(), saved.folder)
+    checkpoint.load_optimizer_state_by_name(healing.student, healing.optimizer, state["optimizer"])
+    healing.step = saved.step
+    work.task.batches.restore(state["batches"])
+    work.clock.seconds = dict(state["seconds"])
+    checkpoint.set_rng_state(state["rng"])
+    work.folder.rewind(saved.step)
+
+
+def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the student, and write the summary and the export."""
+    at("summary")
+    config, student = work.config, healing.student.eval()
+    after = {split: work.scores(student, split) for split in ("validation", "test")}
+    output, dtype = Path(config.output), config.export_dtype
+    export_compact(student, output, DTYPES[dtype] if dtype else None)
+    if work.tokenizer:
+        work.tokenizer.save(output)
+    summary = {
+        "source": config.source,
+        "model": type(student).__name__,
+        "dataset": config.dataset,
+        "steps": healing.step,
+        "num_layers": healing.layers.tying.num_layers,
+        "independent_layers": healing.layers.tying.num_independent,
+        "sharing": config.healing.sharing,
+        "reading": chosen["reading"],
+        "parameters_before": _number(work.teacher),
+        "parameters_after": _number(student),
+        "bytes_after": (output / COMPACT).stat().st_size,
+        "before": chosen["before"],
+        "tied": chosen["tied"],
+        "after": after,
+        "seconds_deciding": chosen["seconds"],
+        "seconds_healing": work.clock.seconds.get("heal", 0.0),
+        "data": work.task.facts,
+        **environment(work.teacher.device),
+    }
+    work.folder.summary(summary)
+    return summary
+
+
+def _number(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has no infinity: layers that are unlike have null for a divergence."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

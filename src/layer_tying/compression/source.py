@@ -1,0 +1,165 @@
+"""What a command is given to compress: a model on disk, and data that fit it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from layer_tying.compression.outcome import Outcome, OutcomeOf
+from layer_tying.compression.settings import CompressConfig
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.data.config import DataConfig
+from layer_tying.data.images import load_images
+from layer_tying.data.texts import load_last_words, load_texts
+from layer_tying.data.tokenizer import Tokenizer
+from layer_tying.data.tokens import tokenize
+from layer_tying.errors import InputError
+from layer_tying.models.build import model_class
+from layer_tying.saving.checkpoint import unique_tensors
+from layer_tying.saving.export import COMPACT, one_line
+from layer_tying.saving.load import load
+from layer_tying.tasks.base import Task
+from layer_tying.tasks.evaluation import cross_entropy
+from layer_tying.tasks.images import ImageTask, scaled
+from layer_tying.tasks.language import LanguageTask
+
+USUAL_LENGTH = 256
+
+
+def open_model(folder: Path) -> PreTrainedModel:
+    """A run's best weights, a compact export, or a plain folder of transformers.
+
+    The layers come independent: those that were tied get copies of what they used.
+
+    Raises:
+        InputError: if it is none of these, is damaged, or its layers read mixtures.
+    """
+    if (folder / COMPACT).is_file() or (folder / "checkpoints" / "best").is_dir():
+        model = load(folder)
+        assert isinstance(model, PreTrainedModel)
+        layers = TiedLayers(model)
+        if layers.mixtures:
+            raise InputError(
+                f"{folder} has layers that are mixtures already: export it as expanded first"
+            )
+        layers.apply(Tying.independent(layers.tying.num_layers))
+        return model
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is no model: neither a run, an export nor a transformers folder"
+        )
+    try:
+        return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class of models does, by a part of its name.
+
+    Attributes:
+        names: endings of the names of classes.
+        reads_text: whether it needs a tokenizer.
+        task: reads the data that it is compressed on; takes the tokenizer as well.
+        outcome_of: what it makes of a batch of that task.
+    """
+
+    names: tuple[str, ...]
+    reads_text: bool
+    task: Callable[[CompressConfig, PreTrainedModel, Tokenizer | None], Task]
+    outcome_of: OutcomeOf
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    """The record of a model.
+
+    Raises:
+        InputError: if there is none: such a model is compressed with the library.
+    """
+    name = type(model).__name__
+    for kind in KINDS.values():
+        if name.endswith(kind.names):
+            return kind
+    raise InputError(
+        f"{name} is neither a language model nor a classifier of images, which the command reads "
+        f"data for: call layer_tying.compress(model, batches) with batches of your own"
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in unique_tensors(model).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _text(
+    config: CompressConfig, model: PreTrainedModel, tokenizer: Tokenizer | None, masked: bool
+) -> Task:
+    assert tokenizer is not None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {config.source} has {tokenizer.vocab_size} ids, and the model has "
+            f"{model.config.vocab_size}: they are not of one model"
+        )
+    context = getattr(model.config, "max_position_embeddings", USUAL_LENGTH)
+    length = config.bptt or min(context, USUAL_LENGTH)
+    if length > context:
+        raise InputError(f"bptt {length} is longer than the model's context of {context} tokens")
+    data = DataConfig(dataset=config.dataset, bptt=length, batch_size=config.batch_size)
+    corpus = tokenize(load_texts(config.dataset, config.data_dir), tokenizer)
+    last_words = [] if masked else load_last_words(config.dataset, config.data_dir)
+    return LanguageTask(
+        data, model.config, config.seed, corpus, masked=masked, last_words=last_words
+    )
+
+
+def _images(config: CompressConfig, model: PreTrainedModel, _: Tokenizer | None) -> Task:
+    images = load_images(config.dataset, config.data_dir)
+    size, its = images.x_train.shape[1], model.config.image_size
+    if size != its:
+        raise InputError(f"the images are of {size} x {size} pixels, the model's of {its} x {its}")
+    if len(images.classes) != model.config.num_labels:
+        raise InputError(
+            f"the images are in {len(images.classes)} classes, and the model tells "
+            f"{model.config.num_labels} apart"
+        )
+    data = DataConfig(dataset=config.dataset, batch_size=config.batch_size, eval_batch_size=250)
+    return ImageTask(data, model.config, config.seed, images)
+
+
+def _outcome_of_tokens(model: Any, batch: Any) -> Outcome:
+    """Of (ids, labels), int64 [B, T] each, the labels in their places."""
+    ids, labels = (torch.from_numpy(array).to(model.device) for array in batch)
+    return _outcome(model(input_ids=ids).logits, labels)
+
+
+def _outcome_of_images(model: Any, batch: Any) -> Outcome:
+    """Of (pixels, labels): uint8 [B, H, W, C] and int64 [B]."""
+    pixels, labels = scaled(batch[0]).to(model.device), torch.from_numpy(batch[1]).to(model.device)
+    return _outcome(model(pixel_values=pixels).logits, labels)
+
+
+def _outcome(logits: Tensor, labels: Tensor) -> Outcome:
+    return Outcome(logits.flatten(0, -2), cross_entropy(logits, labels))
+
+
+KINDS: dict[str, Kind] = {
+    "causal": Kind(
+        ("ForCausalLM", "LMHeadModel"), True, partial(_text, masked=False), _outcome_of_tokens
+    ),
+    "masked": Kind(("ForMaskedLM",), True, partial(_text, masked=True), _outcome_of_tokens),
+    "image": Kind(("ForImageClassification",), False, _images, _outcome_of_images),
+}
