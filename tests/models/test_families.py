@@ -18,6 +18,7 @@ from layer_tying import (
     InputError,
     RandomPolicy,
     TiedLayers,
+    compress,
     export_compact,
     export_expanded,
     load,
@@ -267,6 +268,28 @@ def test_thirty_steps_of_random_tying(name, tmp_path):
     assert_close(outputs(loaded, inputs), wanted)
     assert TiedLayers(loaded, **case.options).tying == tying.tying
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compressed_saved_and_loaded(name, tmp_path):
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.make(), case.inputs()
+    before = outputs(model, inputs)
+    options = dict(case.options)
+    small = compress(
+        model,
+        [inputs],
+        **{"layers": 2, "steps": 2, "probes": 1, "precision": "fp32"},
+        **{"sharing": "tied", "groups": "free", "stack": options.pop("layers", None)},
+        **options,
+    )
+    assert TiedLayers(small, **case.options).tying.num_independent == 2
+    assert_close(outputs(model, inputs), before)
+    wanted = outputs(small, inputs)
+    export_compact(small, tmp_path)
+    loaded = load(tmp_path, None if isinstance(model, PreTrainedModel) else case.make())
+    assert_close(outputs(loaded, inputs), wanted)
 
 
 # Models whose blocks differ

@@ -40,11 +40,14 @@ def compress(arguments: Sequence[str], program: str, help: str) -> int:
     if options.resume and options.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
     config = _config_of(options)
+    from transformers.utils import logging
+
     from layer_tying.compression.card import write_card
     from layer_tying.compression.run import compress_run
     from layer_tying.report.compression import headline, write_compression_report
     from layer_tying.runs.train import Interrupted
 
+    logging.disable_progress_bar()
     try:
         summary = compress_run(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:

@@ -35,6 +35,7 @@ def compress(
     steps: int = 2000,
     stack: str | Sequence[str] | None = None,
     untied: Sequence[str] = (),
+    by_kind: bool = False,
     outcome_of: OutcomeOf = usual_outcome_of,
     **settings: Any,
 ) -> nn.Module:
@@ -56,6 +57,7 @@ def compress(
         steps: optimizer steps, on one batch each.
         stack: the dotted name of the list of layers, or several; found where there is only one.
         untied: name patterns of parameters that each layer keeps for itself.
+        by_kind: where layers differ, tie within the classes of equal ones instead of refusing.
         outcome_of: what to make of the model and a batch, where they are unlike the usual ones.
         settings: of ``SearchSettings``, ``HealingSettings`` and ``OptimizationConfig``, by name:
             ``sharing``, ``gradual``, ``temperature``, ``lr``, ``precision``, ...
@@ -69,15 +71,16 @@ def compress(
     """
     search, healing, optimization = _groups(settings, steps)
     budget = BudgetSettings(layers, parameters, bytes)
-    options = {"layers": stack, "untied": tuple(untied)}
+    options = {"layers": stack, "untied": tuple(untied), "by_kind": by_kind}
     endless = _endless(batches, steps)
-    found = find_layers(model, stack, untied)
+    found = find_layers(model, stack, untied, by_kind)
     number = number_of_groups(budget, healing, found)
-    probe = Probe(found, list(islice(endless, search.probes)), outcome_of)
+    probes = list(islice(endless, search.probes))
+    probe = Probe(found, probes, outcome_of)
     reading = choose(probe, number, search.groups).reading
-    student = copy.deepcopy(model)
+    student, was_training = copy.deepcopy(model), model.training
     run = Healing(model, student, reading, optimization, healing, outcome_of=outcome_of, **options)
-    was_training = model.training
+    run.start_from(probes)
     while run.step < run.num_steps:
         run.train_step(next(endless))
     model.train(was_training)

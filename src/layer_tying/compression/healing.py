@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_tying.compression.closed_form import start_from_closed_form
 from layer_tying.compression.grouping import Reading
 from layer_tying.compression.outcome import OutcomeOf, divergence
 from layer_tying.compression.settings import HealingSettings
+from layer_tying.core.find import find_layers
 from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
@@ -96,6 +98,13 @@ class Healing:
         self._outcome_of = outcome_of
         self._stages = stages(reading) if settings.gradual else [reading]
         self._tie_what_is_due()
+
+    def start_from(self, batches: Sequence[Any]) -> None:
+        """Set what mixtures start from, where that is to be computed on some batches."""
+        if self.settings.start == "closed-form":
+            found = self.layers.settings
+            stack = find_layers(self.teacher, found.layers, found.untied, found.by_kind)
+            start_from_closed_form(self.layers, stack, batches, self._outcome_of)
 
     def train_step(self, batch: Any) -> Progress:
         """One optimizer step on a batch."""

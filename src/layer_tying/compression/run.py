@@ -112,6 +112,8 @@ def compress_run(
         healing = _healing(work, chosen)
         if resume and checkpoint.has_steps(folder.checkpoints):
             _restore(work, healing)
+        else:
+            healing.start_from(_probes(work))
         _heal(work, healing)
         return _finish(work, healing, chosen)
     finally:
@@ -156,10 +158,7 @@ def _chosen(work: Work) -> dict[str, Any]:
     stack = find_layers(work.teacher)
     dtype = DTYPES[config.export_dtype] if config.export_dtype else None
     number = number_of_groups(config.budget, config.healing, stack, dtype)
-    position = work.task.batches.state()
-    batches = [next(work.task.batches) for _ in range(config.search.probes)]
-    work.task.batches.restore(position)
-    probe = Probe(stack, batches, work.outcome_of)
+    probe = Probe(stack, _probes(work), work.outcome_of)
     choice = choose(probe, number, config.search.groups)
     work.clock.lap("decide")
     with reading_from(stack, choice.reading):
@@ -174,6 +173,14 @@ def _chosen(work: Work) -> dict[str, Any]:
     }
     write_text_whole(file, json.dumps(chosen))
     return chosen
+
+
+def _probes(work: Work) -> list[Any]:
+    """The first batches, which training will start with as well."""
+    position = work.task.batches.state()
+    batches = [next(work.task.batches) for _ in range(work.config.search.probes)]
+    work.task.batches.restore(position)
+    return batches
 
 
 def _healing(work: Work, chosen: Mapping[str, Any]) -> Healing:

@@ -35,6 +35,8 @@ class HealingSettings:
 
     sharing: Literal["tied", "mixture"] = "mixture"
     """mixture: each layer reads a learned mixture of the kept layers; or tied: one of them"""
+    start: Literal["groups", "closed-form"] = "groups"
+    """what mixtures start from: the groups that were chosen, or truncated SVD of all layers"""
     gradual: bool = False
     """tie one group of layers after another over the first half of the steps"""
     temperature: float = 1.0
@@ -50,6 +52,8 @@ class HealingSettings:
         check_finite(self, ("temperature", "hidden_weight"))
         check_at_least(self, 0, ("hidden_weight",))
         check_shares(self, ("loss_weight",))
+        if self.start == "closed-form" and (self.sharing == "tied" or self.gradual):
+            raise InputError("start closed-form is of mixtures that are made at once")
 
 
 @dataclass(frozen=True)
