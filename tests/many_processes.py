@@ -11,10 +11,6 @@ from typing import Any
 
 from small_runs import PATIENCE, SERVER
 
-SERVER.set_forkserver_preload(
-    ["layer_tying.runs.train", "layer_tying.report", "layer_tying.core.sharding", "tiny_models"]
-)
-
 
 class Died:
     """Stands for the result of a process that ended without one."""
@@ -38,6 +34,11 @@ def free_port() -> int:
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list:
     """What the function returned, or the exception it raised, on each rank; or ``Died``."""
+    return on_separate_ranks(world, _in_a_group, function, *arguments)
+
+
+def on_separate_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list:
+    """The same for a function that makes the process group itself, as torchrun's programs do."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -63,16 +64,21 @@ def _call(
 ) -> None:
     os.environ.update(environment)
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     try:
         result: Any = function(*arguments)
     except Exception as error:
         traceback.print_exc()
         result = error
     (folder / environment["RANK"]).write_bytes(pickle.dumps(result))
+
+
+def _in_a_group(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return function(*arguments)
 
 
 def _result(file: Path) -> Any:

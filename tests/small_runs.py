@@ -25,7 +25,8 @@ from layer_tying.runs.config import TrainConfig
 
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "sun", "red")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["layer_tying.runs.train", "layer_tying.report"])
+PRELOADED = ("cli.command", "runs.train", "report", "core.sharding")
+SERVER.set_forkserver_preload([*(f"layer_tying.{name}" for name in PRELOADED), "tiny_trainer"])
 PATIENCE = 600  # seconds until a process counts as hung, however busy the machine is
 NOT_REPEATABLE = ("seconds", "peak_memory_bytes")  # of metrics.jsonl
 
@@ -164,7 +165,8 @@ def traces_of(folder: Path) -> dict[str, Any]:
 class Command:
     """The command in a process of its own, started in a folder that its output goes to.
 
-    With ``hold_at``, an event and a number, it waits there until it is sent a signal.
+    With ``hold_at``, an event and a number, it waits there until it is sent a signal. ``train``
+    leaves out its report, which takes longer than such a small run, unless ``draws`` is set.
     """
 
     def __init__(
@@ -173,12 +175,13 @@ class Command:
         cwd: Path,
         file_limit: int = -1,
         hold_at: tuple[str, int] | None = None,
+        draws: bool = False,
     ) -> None:
         self._output = cwd / "stdout", cwd / "stderr"
         self._pipe, its_end = SERVER.Pipe()
         hold = (*hold_at, its_end) if hold_at else None
         options = arguments, cwd, self._output, file_limit, hold
-        self.process = SERVER.Process(target=_command, args=options)
+        self.process = SERVER.Process(target=_command, args=options, kwargs={"draws": draws})
         self.process.start()
         its_end.close()
 
@@ -196,9 +199,9 @@ class Command:
         return _exit_code(self.process), out.read_text("utf-8"), err.read_text("utf-8")
 
 
-def run_command(*arguments: str, cwd: Path, file_limit: int = -1) -> tuple[int, str, str]:
+def run_command(*arguments: str, cwd: Path, **options: Any) -> tuple[int, str, str]:
     """Run the command in a process of its own: its exit code, standard output and error."""
-    return Command(*arguments, cwd=cwd, file_limit=file_limit).ended()
+    return Command(*arguments, cwd=cwd, **options).ended()
 
 
 def _command(
@@ -207,7 +210,10 @@ def _command(
     output: tuple[Path, Path],
     file_limit: int,
     hold: tuple[str, int, Connection] | None,
+    *,
+    draws: bool,
 ) -> None:
+    from layer_tying import report
     from layer_tying.cli import main
 
     for number, file in enumerate(output, start=1):
@@ -217,4 +223,6 @@ def _command(
     if hold:
         function, call, pipe = hold
         at_event(function, call, lambda: (pipe.send("held"), pipe.recv()))
+    if arguments[:1] == ("train",) and not draws:
+        report.write_report = lambda paths, output: []
     sys.exit(main(arguments))

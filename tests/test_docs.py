@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
+import runpy
+import traceback
+import warnings
 from pathlib import Path
 
 import pytest
-from many_processes import free_port
-from small_runs import PATIENCE
+from many_processes import on_separate_ranks, rank_environment
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,20 +21,24 @@ WITH_CODE = [
 ]
 
 
-def run_blocks(page: Path, folder: Path, *launcher: str) -> None:
-    script = folder / "page.py"
+def run_blocks(page: Path, folder: Path, processes: int = 1) -> None:
     code = "\n\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
+    (folder / "page.py").write_text(code, encoding="utf-8")
+    unset = rank_environment(0, 1, 0) if processes == 1 else ()
+    assert on_separate_ranks(processes, run_script, folder, [*unset]) == [None] * processes
+
+
+def run_script(folder: Path, unset: list[str]) -> str | None:
+    """Run a page's code in this process, a fork that has nothing but libraries; what went wrong."""
+    os.chdir(folder)
+    for name in unset:
+        del os.environ[name]
+    warnings.simplefilter("ignore")
+    try:
+        runpy.run_path("page.py", run_name="__main__")
+    except BaseException:
+        return traceback.format_exc()
+    return None
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
@@ -43,10 +47,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
 
 
 def test_the_blocks_on_many_devices_run_on_two_processes(tmp_path):
-    port = f"--master-port={free_port()}"
-    run_blocks(
-        ON_TWO_PROCESSES, tmp_path, "-m", "torch.distributed.run", "--nproc-per-node=2", port
-    )
+    run_blocks(ON_TWO_PROCESSES, tmp_path, processes=2)
 
 
 def test_every_link_between_pages_leads_somewhere():

@@ -15,8 +15,10 @@ import pytest
 from small_runs import Command, run_command, traces_of, write_text
 from tolerance import close_to
 
+from layer_tying import report
 from layer_tying.cli import experiments, main
 from layer_tying.runs.config import DEFAULTS, SETTINGS, TrainConfig, read_config
+from layer_tying.runs.processes import Ended
 
 SMALL = (
     *("--dataset", "text.txt", "--nlayers", "3", "--nhead", "2", "--emsize", "16"),
@@ -56,7 +58,7 @@ def complaint(here: Path, *arguments: str, **options) -> str:
 def test_the_published_command_line(here):
     flags = "--bptt 16 --batch_size 4 --eval_batch_size 4 --dataset text.txt --nlayers 3 --lr 0.001"
     flags += " --emsize 16 --nhead 2 --exp x --epochs 1"
-    code, out, _ = run_command("train", *flags.split(), cwd=here)
+    code, out, _ = run_command("train", *flags.split(), cwd=here, draws=True)
     assert code == 0
     assert re.match(
         r"bits per byte \d+\.\d{3}, perplexity \d+\.\d{3} on test.* of 3 layers independent", out
@@ -199,8 +201,8 @@ def test_help_names_every_setting(here):
 def test_compare(here):
     """Stopped, it saves; resumed, it leaves alone what has ended; then there is one table."""
     flags = ("compare", *SMALL, "--max-steps", "100", "--every", "10", "--exp", "c")
-    flags += ("--budget-layers", "3", "--layer-price", "0.1")  # conventional training has neither
-    none, dqn, bandit = (here / "runs/c" / policy for policy in ("none", "dqn", "bandit"))
+    flags += ("--budget-layers", "3", "--policies", "none,dqn")  # conventional training has none
+    none, dqn = (here / "runs/c" / policy for policy in ("none", "dqn"))
     command = Command(*flags, cwd=here)
     wait_for(command, lambda: any(none.glob("checkpoints/step-*")))
     os.kill(command.process.pid, signal.SIGTERM)
@@ -209,16 +211,15 @@ def test_compare(here):
     assert re.search(r"stopped at step \d+ of 100; .*--resume", err.splitlines()[-1])
     assert not dqn.exists()
 
-    for ended in ([], [none, dqn, bandit]):
+    for ended in ([], [none, dqn]):
         before = [(run / "summary.json").stat().st_mtime_ns for run in ended]
         code, out, err = run_command(*flags, "--resume", cwd=here)
         assert code == 0, err
         assert [(run / "summary.json").stat().st_mtime_ns for run in ended] == before
         table = [line for line in out.splitlines() if line.startswith("|")]
-        assert len(table) == 5  # head, rule, three runs
+        assert len(table) == 4  # head, rule, two runs
         assert "conventional" in table[2]
         assert "dqn" in table[3]
-        assert "bandit" in table[4]
     assert (here / "runs/c/report.html").exists()
     configs = [read_config(run).flat() for run in (none, dqn)]
     different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
@@ -227,7 +228,18 @@ def test_compare(here):
     # What cannot go on is said at once, not after the first of the runs.
     assert "holds a run" in complaint(here, *flags)
     assert "lr is 0.003 in one and 0.5" in complaint(here, *flags, "--lr", "0.5", "--resume")
-    assert "policy" in complaint(here, *flags, "--policies", "none,dqm")
+    assert "policy" in complaint(here, "compare", *SMALL, "--policies", "none,dqm")
+
+
+def test_what_is_compared_without_a_choice(here, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        experiments,
+        "train_all",
+        lambda jobs, **_: {job.name: Ended(asked.setdefault(job.name, 3)) for job in jobs},
+    )
+    assert main(["compare", "--layer-price", "0.1"]) == 3  # a price is the bandit's only
+    assert list(asked) == ["none", "dqn", "bandit"]
 
 
 # How it ends
@@ -246,6 +258,7 @@ def left_alone(here, monkeypatch):
 
     def run(*arguments: str) -> dict:
         monkeypatch.chdir(here)
+        monkeypatch.setattr(report, "write_report", lambda *_: [])
         assert main([*arguments, "--exp", "left-alone"]) == 0
         return traces_of(here / "runs/left-alone")
 

@@ -63,7 +63,7 @@ def assert_followed(world: int, steps: int) -> None:
 
 @pytest.mark.numerics
 def test_two_processes_follow_one_with_nothing_to_call():
-    assert_followed(2, steps=24)
+    assert_followed(2, steps=12)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from layer_tying import report
 from layer_tying.cli import main
 from layer_tying.paper import rows as module
 from layer_tying.paper.rows import SCALES, recipes, runs_first
@@ -88,7 +89,8 @@ def test_the_papers_scale_is_the_papers():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Rows so small that they run here, and the data of one of them."""
+    """Rows so small that they run here, and the data of one of them; no report is drawn."""
+    monkeypatch.setattr(report, "write_report", lambda *_: [])
     monkeypatch.setitem(module.BASE, "small", TINY)
     folder = tmp_path / "data/wikitext2"
     folder.mkdir(parents=True)

@@ -21,6 +21,7 @@ from layer_tying.runs.config import TrainConfig, read_config
 from layer_tying.runs.defaults import to_go_on_with
 from layer_tying.runs.interrupt import stop_requests
 
+COMMAND = (sys.executable, "-m", "layer_tying", "train")
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -164,7 +165,7 @@ class _Children:
             return
         file = self.folder / f"{len(self.ended) + len(self.running)}.json"
         file.write_text(job.config.to_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "layer_tying", "train", "--config", str(file)]
+        command = [*COMMAND, "--config", str(file)]
         if self.overwrite:
             command.append("--overwrite")
         elif self.resume and (job.config.folder / "config.json").exists():
