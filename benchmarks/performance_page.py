@@ -13,21 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
+from performance_gpu import gpu_tables
+from performance_pictures import draw_memory
 from performance_speed import speed_tables, speed_targets
 from performance_tables import (
     Row,
     Target,
     alternatives_table,
-    by_setting,
     memory_tables,
     memory_targets,
     with_the_paper,
 )
 
 from layer_tying.report.markdown import markdown_table
-from layer_tying.report.style import COMPONENTS, GRID, PART_NAMES, STYLE
 
 BENCHMARKS = Path(__file__).resolve().parent
 FILES = ("memory", "speed", "alternatives", "gpu")
@@ -73,7 +71,7 @@ def performance_page(results: Results) -> str:
     if "speed" in rows:
         parts += ["## Speed", SPEED, *speed_tables(rows["speed"])]
     if "gpu" in rows:
-        parts += ["## On a GPU", *_gpu(rows["gpu"])]
+        parts += ["## On a GPU", *gpu_tables(rows["gpu"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,91 +138,6 @@ SPEED = (
     "8 x 128 tokens, float32 weights, products in bf16. Generating: a prompt of 16 tokens, 32 new "
     "ones, greedy, batch 1, with a KV cache."
 )
-
-
-def _gpu(rows: Sequence[Row]) -> list[str]:
-    done = {name: [r for r in rows if r["measure"] == name] for name in ("memory", "speed")}
-    numerics = [r for r in rows if r["measure"] == "numerics" and "error" not in r]
-    training = [r for r in rows if r["measure"] == "training" and r.get("curve")]
-    differences = [
-        [
-            r["gradient"],
-            f"{r['largest_loss_difference']:.1e}",
-            f"{r['relative_weight_difference']:.1e}",
-        ]
-        for r in numerics
-    ]
-    curves = [
-        [
-            *(r["config"]["policy"], f"{r['steps']:,}", f"{r['step_seconds']:.3f}"),
-            *(f"{r['curve'][-1]['perplexity']:.2f}", f"{r['curve'][-1]['independent_layers']}"),
-            f"{r['peak_bytes'] / 1e6:,.0f}",
-        ]
-        for r in training
-    ]
-    heads_of_pair = (
-        "policy",
-        "steps",
-        "s/step",
-        "validation perplexity",
-        "independent",
-        "peak, MB",
-    )
-    heads_of_numerics = ("gradient mode", "largest difference of a loss", "of a weight, relative")
-    compared = (
-        "20 steps with 5 transitions in float32, against the same on the CPU:",
-        markdown_table(heads_of_numerics, differences),
-    )
-    return [
-        *(compared if differences else ()),
-        *memory_tables(done["memory"]),
-        *speed_tables(done["speed"]),
-        "WikiText-2 for as long as there was time, the same for both:",
-        markdown_table(heads_of_pair, curves),
-    ]
-
-
-def draw_memory(rows: Sequence[Row]) -> Figure:
-    """Bars of the peak above the baseline, by component; a panel for each setting."""
-    groups = {
-        name: [r for r in group if "error" not in r] for name, group in by_setting(rows).items()
-    }
-    groups = {name: group for name, group in groups.items() if group}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 0.7 + 0.32 * sum(len(g) + 1.6 for g in groups.values())))
-        heights = [len(group) + 0.4 for group in groups.values()]
-        panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[
-            :, 0
-        ]
-        for axes, (name, group) in zip(panels, groups.items(), strict=True):
-            _bars(axes, group)
-            axes.set_title(name, loc="left")
-        panels[-1].set_xlabel("peak above the baseline, GB")
-        panels[0].legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower right")
-        figure.set_layout_engine("constrained")
-        figure.canvas.draw()
-    return figure
-
-
-def _bars(axes: Any, group: Sequence[Row]) -> None:
-    labels = [
-        "conventional" if r["independent"] == r["layers"] else f"{r['independent']} independent"
-        for r in group
-    ]
-    start = [0.0] * len(group)
-    for name, colour in (*COMPONENTS.items(), ("rest", GRID)):
-        if name == "rest":
-            widths = [max(0, r["above_own_bytes"] - r["model_state_bytes"]) / 1e9 for r in group]
-        else:
-            widths = [r[f"{name}_bytes"] / 1e9 for r in group]
-        label = PART_NAMES.get(name, "the rest")
-        axes.barh(labels, widths, left=start, color=colour, label=label, height=0.7)
-        start = [a + b for a, b in zip(start, widths, strict=True)]
-    for index, row in enumerate(group):
-        axes.text(start[index], index, f" {row['above_own_bytes'] / 1e9:.2f}", va="center")
-    axes.invert_yaxis()
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(length=0)
 
 
 if __name__ == "__main__":

@@ -25,26 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from quality_page import write_page
-from quality_rows import best_rate
+from quality_rows import NAMES, Run, best_rate, row_of
 from quality_settings import SETTINGS, Setting, claimed, methods_of, tuned
 
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
-from layer_tying.paper.results import processor
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.processes import Ended, Job, train_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
 INTERRUPTED = 130  # exit code
-Run = tuple[str, str, float, int]
-NAMES = ("setting", "method", "lr", "seed")  # what tells runs apart
-FIGURES = (
-    *("validation_perplexity", "test_perplexity", "test_accuracy", "bits_per_byte", "best_step"),
-    *("steps", "tokens", "independent_layers_mean", "trainable_parameters_mean"),
-    *("trainable_parameters_end", "model_state_bytes_mean", "peak_memory_bytes"),
-    *("seconds_per_step", "decision_overhead", "versions"),
-)
 
 
 def main() -> int:
@@ -138,19 +129,6 @@ def slug(run: Run) -> str:
     """A run's folder within that of all runs, such as wiki2-bytes/mixture-3-0.002-0."""
     name, method, rate, seed = run
     return f"{name}/{method.replace(', ', '-').replace('/', '')}-{rate:g}-{seed}"
-
-
-def row_of(run: Run, folder: Path) -> dict[str, Any]:
-    """A run's figures, with all that it takes to make them again."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    row = dict(zip(NAMES, run, strict=True))
-    row |= {name: summary[name] for name in FIGURES if name in summary}
-    row |= {name: summary[name] for name in summary if name.startswith("test_accuracy_k")}
-    row["hardware"] = summary["hardware"] | {"processor": processor()}
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    scored = [line for line in map(json.loads, lines) if "validation_perplexity" in line]
-    row["curve"] = [[x["step"], x["seconds"], x["validation_perplexity"]] for x in scored]
-    return row
 
 
 def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,16 +1,41 @@
-"""Figures from the rows of the benchmark: the runs that count, ratios, the gate, the front."""
+"""Rows of the benchmark, one a run, and figures from them: what counts, ratios, gate, front."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quality_settings import SETTINGS, Setting
 
+from layer_tying.paper.results import processor
+
+Run = tuple[str, str, float, int]
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # method -> its runs at its best learning rate
 GATE = 0.95  # depth pays where L layers have at most this share of the figure of k layers
+NAMES = ("setting", "method", "lr", "seed")  # what tells runs apart
+FIGURES = (
+    *("validation_perplexity", "test_perplexity", "test_accuracy", "bits_per_byte", "best_step"),
+    *("steps", "tokens", "independent_layers_mean", "trainable_parameters_mean"),
+    *("trainable_parameters_end", "model_state_bytes_mean", "peak_memory_bytes"),
+    *("seconds_per_step", "decision_overhead", "versions"),
+)
+
+
+def row_of(run: Run, folder: Path) -> Row:
+    """A run's figures, with all that it takes to make them again."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    row: Row = dict(zip(NAMES, run, strict=True))
+    row |= {name: summary[name] for name in FIGURES if name in summary}
+    row |= {name: summary[name] for name in summary if name.startswith("test_accuracy_k")}
+    row["hardware"] = summary["hardware"] | {"processor": processor()}
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    scored = [line for line in map(json.loads, lines) if "validation_perplexity" in line]
+    row["curve"] = [[x["step"], x["seconds"], x["validation_perplexity"]] for x in scored]
+    return row
 
 
 def best_rate(rows: Sequence[Row], setting: str, method: str) -> float | None:

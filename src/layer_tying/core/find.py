@@ -64,12 +64,7 @@ def find_layers(
         InputError: if there is no such list or more than one, if layers differ, or if the model is
             wrapped for many processes in a way that does not notice parameters that are exchanged.
     """
-    if isinstance(model, DistributedDataParallel):
-        raise InputError(
-            "the model is wrapped in DistributedDataParallel, which never syncs parameters made "
-            "later: make DynamicTying with the bare model first, then wrap it (accelerator.prepare "
-            "wraps too)"
-        )
+    _refuse_wrapped(model)
     containers = _named(model, layers) if layers else [_search(model, untied)]
     names, blocks = [], []
     for container in containers:
@@ -86,6 +81,15 @@ def find_layers(
     if not slots[0]:
         raise InputError(f"the layers {names[0]}, ... have no parameters to share")
     return LayerStack(model, tuple(names), tuple(blocks), slots, kinds)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, which never syncs parameters made "
+            "later: make DynamicTying with the bare model first, then wrap it (accelerator.prepare "
+            "wraps too)"
+        )
 
 
 def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:

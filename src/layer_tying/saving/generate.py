@@ -47,10 +47,7 @@ def generate(
     Raises:
         InputError: if the model is not one that goes on from a text, or the context is too short.
     """
-    if temperature < 0:
-        raise InputError(f"temperature is at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top-k is at least 1, got {top_k}")
+    sampling = _sampling(temperature, top_k)
     tokenizer = tokenizer_of(folder)
     model = load(folder)
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):
@@ -59,9 +56,6 @@ def generate(
     if not ids and tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]  # what stands between two documents
     length = _new_tokens(len(ids), max_new_tokens, model.config.max_position_embeddings)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
     model = model.to(Accelerator().device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
@@ -75,6 +69,17 @@ def generate(
     )
     TiedLayers(model).verify()
     return tokenizer.decode(output[0, len(ids) :].tolist())
+
+
+def _sampling(temperature: float, top_k: int | None) -> dict[str, Any]:
+    """How the next token is chosen, as transformers' ``generate`` takes it."""
+    if temperature < 0:
+        raise InputError(f"temperature is at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top-k is at least 1, got {top_k}")
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
 
 
 def _new_tokens(num_prompt: int, asked: int | None, context: int) -> int:
