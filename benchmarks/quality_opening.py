@@ -64,7 +64,7 @@ def _quality(name: str, setting: Setting, groups: Groups) -> str:
         f"`{name}`: `{ours}` has {to_deep:.3f} times the {what} of `{setting.deep}` with "
         f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
         f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
-        f"`{setting.rival}` and `{setting.deep}` ({len(groups[ours])} seed(s))."
+        f"`{setting.rival}` and `{setting.deep}` (seeds: {len(groups[ours])})."
     )
 
 

@@ -86,13 +86,13 @@ def draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
         steps, _, perplexities = zip(*groups[name][0]["curve"], strict=True)
         minutes = [step * step_seconds(groups[name]) / 60 for step in steps]
         line = ":" if name == setting.rival else "-"
-        axes.plot(minutes, perplexities, line, color=colour, linewidth=1)
-        axes.text(minutes[-1], perplexities[-1], f" {name}", fontsize=7, va="center")
+        axes.plot(minutes, perplexities, line, color=colour, linewidth=1, label=name)
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(ScalarFormatter())
+    axes.legend(loc="upper right", fontsize=7)
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("perplexity, validation")
-    axes.margins(x=0.2)
 
 
 def _style(name: str) -> tuple[str, str, str]:

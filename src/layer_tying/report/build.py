@@ -147,15 +147,14 @@ def _tiles(groups: list[RunGroup]) -> list[tuple[str, str]]:
 
 
 def _foremost(groups: list[RunGroup]) -> RunGroup:
-    """The group that did best on validation: of dynamic ones, else of all that are tied."""
+    """The group that did best on validation, of those whose layers share weights if there are any."""
 
     def perplexity(group: RunGroup) -> float:
         value = tables.value_of("validation_perplexity", group, groups).mean
         return value if math.isfinite(value) else math.inf
 
-    dynamic = [group for group in groups if group.runs[0].is_dynamic]
     tied = [group for group in groups if not group.runs[0].is_conventional]
-    return min(dynamic or tied or groups, key=perplexity)
+    return min(tied or groups, key=perplexity)
 
 
 def _comparison(groups: list[RunGroup]) -> list[Markup]:

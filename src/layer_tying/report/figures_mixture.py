@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from layer_tying.report.style import WIDE, bare, layer_axis
+from layer_tying.report.style import MUTED, WIDE, bare, layer_axis
 from layer_tying.runs.reading import Run
 
 SIGNED = LinearSegmentedColormap.from_list(
@@ -43,8 +43,8 @@ def draw_coefficients(run: Run) -> Figure:
         axes.set_title(_short(name), fontsize=7.5)
     layer_axis(panels[0, 0].yaxis, depth)
     panels[0, 0].set_xticks(range(matrices[0][0].shape[1]))
-    figure.supxlabel("shared set", fontsize=9)
-    figure.supylabel("layer", fontsize=9)
+    figure.supxlabel("shared set", fontsize=9, color=MUTED)
+    figure.supylabel("layer", fontsize=9, color=MUTED)
     bar = figure.colorbar(panels[0, 0].images[0], ax=panels, shrink=0.6, aspect=30)
     bare(bar.ax)
     return figure
