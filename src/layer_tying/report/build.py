@@ -147,7 +147,7 @@ def _tiles(groups: list[RunGroup]) -> list[tuple[str, str]]:
 
 
 def _foremost(groups: list[RunGroup]) -> RunGroup:
-    """The group that did best on validation, of those whose layers share weights if there are any."""
+    """The group that did best on validation, of those with shared layers if there are any."""
 
     def perplexity(group: RunGroup) -> float:
         value = tables.value_of("validation_perplexity", group, groups).mean
