@@ -34,13 +34,13 @@ def made(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, DynamicTying
 
 
 def train(folder: Path, optimizer: str, first: int, last: int) -> Outcome:
-    """Steps from ``first`` to ``last``, of four rows each; saved at the end of each part."""
+    """Steps from ``first`` to ``last``, of six rows each; saved at the end of each part."""
     model, made_of, tying, layers = made(optimizer)
     if first:
         tying.load_state_dict(load_sharded(folder, layers))
     losses, states = [], []
     for step in range(first, last):
-        x = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(step))
         loss = model(distributed.dealt(x)).square().mean()  # type: ignore[call-overload]
         loss.backward()
         made_of.step()
