@@ -61,6 +61,9 @@ bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same s
 bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
 	$(BIN)/python benchmarks/quality.py
 
+bench-compress: $(VENV)/.test ## a trained model made smaller, by compress and its rivals: hours, resumes
+	$(BIN)/python benchmarks/compress.py
+
 paper-small: $(VENV)/.test ## every row of the paper at small scale: half an hour on 2 free cores, resumes
 	$(BIN)/python benchmarks/paper.py
 
@@ -81,4 +84,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-quality
+.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-quality bench-compress

@@ -93,7 +93,7 @@ def test_evaluate_agrees_with_the_summary_and_report_with_both(here):
     before = traces_of(run)
     again = ("train", *FEW_STEPS, "--exp", "ä run", "--lr", "0.5")
     line = complaint(here, *again)
-    assert re.search(r"runs/ä run holds a run: .*--resume.*--overwrite.*--exp", line)
+    assert re.search(r"runs/ä run holds a run: .*--resume.*--overwrite.*another folder", line)
     line = complaint(here, *again, "--resume")
     assert "cannot resume runs/ä run with another configuration: lr is 0.003" in line
     assert traces_of(run) == before

@@ -1,0 +1,167 @@
+"""A trained model made smaller, by `compress` and by its rivals, all healed alike.
+
+All methods have the same teacher, as many parameters, the same batches and steps and the same
+objective. Learning rates are chosen on validation. Each case runs in a process of its own; what was
+stopped goes on. Results: `benchmarks/results/compress.json`, `docs/compress.md`.
+
+    python benchmarks/compress.py --sets 4 --processes 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Case, in_a_process, rows_so_far, run_case_or, write_results
+from compress_page import write_page
+from compress_rivals import RIVALS
+from compress_teachers import SCRATCH, TEACHERS, run_of
+from transformers import PreTrainedModel
+
+from layer_tying.compression import source
+from layer_tying.compression.grouping import Reading
+from layer_tying.compression.healing import Healing
+from layer_tying.compression.outcome import OutcomeOf
+from layer_tying.compression.sensitivity import Probe, choose
+from layer_tying.compression.settings import HealingSettings
+from layer_tying.core.find import find_layers
+from layer_tying.runs.config import OptimizationConfig, read_config
+from layer_tying.runs.processes import Job, train_all
+from layer_tying.runs.tasks import task_of
+
+OURS: dict[str, dict[str, Any]] = {
+    "compress": {"sharing": "mixture"},
+    "compress, tied": {"sharing": "tied"},
+    "compress, gradual": {"sharing": "mixture", "gradual": True},
+    "compress, closed form": {"sharing": "mixture", "start": "closed-form"},
+}
+GROUPS = {f"compress, {name}": name for name in ("neighbours", "cycle", "free", "grown")}
+METHODS = [*OURS, *GROUPS, *RIVALS, SCRATCH]
+TIED = HealingSettings(sharing="tied")  # for rivals: nothing is mixed
+PROBES = 2
+SPLITS = ("validation", "test")
+
+
+def main() -> None:
+    """Train the models that are missing, then measure what is missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/compress"), help="of teachers")
+    parser.add_argument("--output", type=Path, default=RESULTS / "compress.json")
+    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sets", nargs="+", type=int, default=[4, 6])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    rows = rows_so_far(options.output)
+    cases = [*_gates(options), *_cases(options)]
+    missing = [case for case in cases if not any(case.items() <= row.items() for row in rows)]
+    runs = [run_of(options.folder, case) for case in missing]
+    jobs = {run.logging.exp: Job(run, run.logging.exp) for run in runs}
+    train_all(list(jobs.values()), options.processes, threads=1, resume=True)
+
+    def measured(case: Case) -> Case:
+        return {**in_a_process(__file__, {**case, "folder": str(options.folder)}), **case}
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        for row in pool.map(measured, missing):
+            rows.append({name: value for name, value in row.items() if name != "folder"})
+            write_results(options.output, rows)
+            print(json.dumps(rows[-1]), flush=True)
+    print(write_page(options.output))
+
+
+def _gates(options: argparse.Namespace) -> Iterator[Case]:
+    """Models of three layers, trained for as long as the teachers, which have to be worse."""
+    for teacher in options.teachers:
+        flags = {"method": SCRATCH, "sets": 3, "steps": 0, "lr": TEACHERS[teacher].rate}
+        yield {"teacher": teacher, **flags, "seed": 0}
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    """What to measure. A model from scratch has its teacher's learning rate."""
+    for seed, sets, rate, method, teacher in product(
+        options.seeds, options.sets, options.rates, options.methods, options.teachers
+    ):
+        case = {"teacher": teacher, "method": method, "sets": sets, "steps": options.steps}
+        if method != SCRATCH:
+            yield {**case, "lr": rate, "seed": seed}
+        elif rate == options.rates[0]:
+            yield {**case, "lr": TEACHERS[teacher].rate, "seed": seed}
+
+
+def measure(case: Case) -> Case:
+    """One method: its quality before and after healing."""
+    torch.set_num_threads(1)
+    folder = run_of(Path(case["folder"]), case).folder
+    return _from_scratch(folder) if case["method"] == SCRATCH else _healed(case, folder)
+
+
+def _from_scratch(folder: Path) -> Case:
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "parameters": summary["trainable_parameters_end"],
+        "seconds": round(summary["steps"] * summary["seconds_per_step"], 2),
+        "validation": summary["validation_perplexity"],
+        "test": summary["test_perplexity"],
+    }
+
+
+def _healed(case: Case, folder: Path) -> Case:
+    torch.manual_seed(case["seed"])
+    teacher = source.open_model(folder)
+    outcome_of = source.kind_of(teacher).outcome_of
+    task = task_of(read_config(folder).replace(seed=case["seed"] + 1), folder)
+    batches = [next(task.batches) for _ in range(PROBES)]
+    began = time.perf_counter()
+    student, reading, settings = _student(case, teacher, batches, outcome_of)
+    optimization = OptimizationConfig(
+        lr=case["lr"], final_lr=0.0, max_steps=case["steps"], precision="fp32"
+    )
+    healing = Healing(teacher, student, reading, optimization, settings, outcome_of=outcome_of)
+    healing.start_from(batches)
+    deciding = time.perf_counter() - began
+    before = {split: task.scores(teacher, split)["perplexity"] for split in SPLITS}
+    tied = task.scores(student, "validation")["perplexity"]
+    began = time.perf_counter()
+    while healing.step < healing.num_steps:
+        healing.train_step(next(task.batches))
+    seconds = time.perf_counter() - began
+    after = {split: task.scores(student, split)["perplexity"] for split in SPLITS}
+    return {
+        "reading": list(reading),
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "parameters_before": sum(p.numel() for p in teacher.parameters()),
+        "seconds_deciding": round(deciding, 2),
+        "seconds": round(seconds, 2),
+        **{f"{split}_before": value for split, value in before.items()},
+        "validation_tied": tied,
+        **after,
+    }
+
+
+def _student(
+    case: Case, teacher: PreTrainedModel, batches: Sequence[Any], outcome_of: OutcomeOf
+) -> tuple[PreTrainedModel, Reading, HealingSettings]:
+    """What is healed: a copy of the teacher, what its layers will read, and how."""
+    method, sets = case["method"], case["sets"]
+    if method in RIVALS:
+        options = {"seed": case["seed"], "batches": batches, "outcome_of": outcome_of}
+        return *RIVALS[method](teacher, sets, **options), TIED
+    probe = Probe(find_layers(teacher), batches, outcome_of)
+    reading = choose(probe, sets, GROUPS.get(method, "any")).reading
+    return copy.deepcopy(teacher), reading, HealingSettings(**OURS.get(method, {}))
+
+
+if __name__ == "__main__":
+    run_case_or(main, measure)
