@@ -182,11 +182,13 @@ def launch(launcher: str, program: list[str]) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_command_runs_under_a_launcher(tmp_path, launcher):
+def test_the_command_runs_under_a_launcher(tmp_path, launcher, parallel):
     text = write_text(tmp_path)
     flags = ["--nlayers=3", "--nhead=2", "--emsize=16", "--bptt=16", "--batch-size=4"]
     flags += ["--max-steps=6", "--every=2", f"--dataset={text}", f"--output-dir={tmp_path}"]
+    flags += [f"--parallel={parallel}", "--policy=dqn"]
     ended = launch(launcher, ["-m", "layer_tying", "train", *flags])
     assert ended.returncode == 0, ended.stderr
     assert len(ended.stdout.splitlines()) == 1, "rank 0 only says how it went"

@@ -202,6 +202,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
         **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain", "tyings": ("0,0",)},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
         "residual_scaling": 0.5,
+        "parallel": "shard",
         "untied": "*norm*",
     }
     base = TrainConfig()

@@ -12,7 +12,7 @@ not), and gradients are added up in the type of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from layer_tying.core.distributed import others_may_be_lost
+from layer_tying.core.distributed import held_here, is_sharded, others_may_be_lost, rank
 
 SOURCE = "_gathered_from"  # of a gathered weight: the function that gathers it
 
@@ -109,6 +109,59 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     padded = rows.new_zeros(length, *rows.shape[1:])
     padded[: len(rows)] = rows
     return padded
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached; of a sharded one, every process calls this."""
+    return _whole(tensor, tensor.dtype) if is_sharded(tensor) else tensor.detach()
+
+
+def whole_on_rank_0(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are, but of sharded tensors all of it, on the CPU of rank 0.
+
+    Sharded tensors are gathered one by one, and every process calls this; on the other ranks there
+    are none of them in what is returned.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if not is_sharded(value):
+            found[name] = value
+            continue
+        together = whole(value)
+        if rank() == 0:
+            found[name] = together.cpu()
+    return found
+
+
+def put(target: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor; into a sharded one, this process's rows of all the values."""
+    with torch.no_grad():
+        held_here(target).copy_(_held_of(values, target) if is_sharded(target) else values)
+
+
+def sharded_as(values: Tensor, other: Tensor) -> Tensor:
+    """A new tensor that is sharded as another one of its shape is, with these values."""
+    from torch.distributed.tensor import DTensor
+
+    layout: Any = other
+    local = _held_of(values, other).to(other.device, copy=True)
+    return DTensor.from_local(
+        local,
+        layout.device_mesh,
+        layout.placements,
+        run_check=False,
+        shape=layout.shape,
+        stride=layout.stride(),
+    )
+
+
+def _held_of(values: Tensor, sharded: Any) -> Tensor:
+    """Of all values of a tensor that is sharded like this one, those that this process holds."""
+    if not sharded.placements[0].is_shard():
+        return values
+    group = sharded.device_mesh.get_group()
+    each = _rows_each(len(values), group)
+    return values[each * dist.get_rank(group) :][:each]
 
 
 def free_after_use(model: nn.Module) -> None:

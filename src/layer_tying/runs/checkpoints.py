@@ -31,7 +31,7 @@ def save(trainer: Trainer) -> None:
 def _write(trainer: Trainer, state: dict[str, Any]) -> None:
     folder = trainer.folder.checkpoints
     training = {name: value for name, value in state.items() if name not in APART}
-    trainer.save_weights(checkpoint.step_folder(folder, trainer.step), training)
+    trainer.save_weights(checkpoint.step_folder(folder, trainer.step), state["model"], training)
     checkpoint.keep_newest(folder, KEPT_CHECKPOINTS)
 
 

@@ -31,8 +31,18 @@ FORMAT = 3  # of run folders
 CONFIG = "config.json"
 # What a fine-tuned model has from the run it starts from.
 SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
-# What may differ between a run and its resumption: where things lie and what is reported.
-FREE = ("data_dir", "output_dir", "exp", "log_every", "log_with", "save_every", "settled")
+# What may differ between a run and its resumption: where things lie, also in memory, and what is
+# reported.
+FREE = (
+    "data_dir",
+    "output_dir",
+    "exp",
+    "log_every",
+    "log_with",
+    "save_every",
+    "parallel",
+    "settled",
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,14 @@ class OptimizationConfig:
     """recompute activations in the backward pass"""
     compile: bool = False
     """compile the layers with torch.compile"""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """what each of many processes holds: the whole model, or a part of every weight"""
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.parallel == "shard" and (self.compile or self.optimizer != "adamw"):
+            other = "compile" if self.compile else f"optimizer {self.optimizer}"
+            raise InputError(f"parallel shard does not go with {other}: take parallel replicate")
         check_at_least(self, 1, ("epochs", "max_steps", "accumulate"))
         check_at_least(self, 0, ("weight_decay",))
         check_positive(self, ("lr", "clip"))

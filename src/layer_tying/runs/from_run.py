@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from layer_tying.core.find import find_layers
+from layer_tying.core.gather import put
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.runs.config import SHAPE, TrainConfig, read_config
@@ -98,15 +98,14 @@ def load_backbone(best: Checkpoint, model: PreTrainedModel) -> None:
     layers = find_layers(model).names
     owner_of = {layer: layers[best.tying.owners[i]] for i, layer in enumerate(layers)}
     heads = (f"{model.base_model_prefix}.pooler.",)  # BERT's masked model has none
-    with torch.no_grad():
-        for name, tensor in unique_tensors(model).items():
-            if not name.startswith(f"{model.base_model_prefix}.") or name.startswith(heads):
-                continue
-            layer = next((each for each in layers if name.startswith(f"{each}.")), "")
-            there = saved.get(owner_of.get(layer, "") + name.removeprefix(layer))
-            if there is None or there.shape != tensor.shape:
-                raise InputError(f"{best.folder} is of another model: its {name} does not fit")
-            tensor.copy_(there)
+    for name, tensor in unique_tensors(model).items():
+        if not name.startswith(f"{model.base_model_prefix}.") or name.startswith(heads):
+            continue
+        layer = next((each for each in layers if name.startswith(f"{each}.")), "")
+        there = saved.get(owner_of.get(layer, "") + name.removeprefix(layer))
+        if there is None or there.shape != tensor.shape:
+            raise InputError(f"{best.folder} is of another model: its {name} does not fit")
+        put(tensor, there)
 
 
 def _check_same(config: TrainConfig, source: Path, names: tuple[str, ...]) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layer_tying.core.distributed import held_here
+
 MMAP_THRESHOLD, LARGE = -3, 2**21  # of mallopt; bytes
 
 
@@ -20,8 +22,10 @@ MMAP_THRESHOLD, LARGE = -3, 2**21  # of mallopt; bytes
 class ModelState:
     """The memory of a model in training, each distinct tensor counted once.
 
+    Bytes are those that this process holds: of sharded weights, its part.
+
     Attributes:
-        num_trainable: number of trainable parameters.
+        num_trainable: number of trainable parameters, of all processes together.
         parameter_bytes: all parameters, trainable or not.
         gradient_bytes: the gradients of a step, one for each trainable parameter.
         optimizer_state_bytes: what the optimizer keeps for them.
@@ -58,7 +62,7 @@ def model_state(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Model
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(held_here(t).nbytes for t in tensors)
 
 
 def peak_bytes(device: torch.device) -> int:

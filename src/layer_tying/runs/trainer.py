@@ -22,6 +22,7 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.find import find_layers
 from layer_tying.core.frozen_layers import FrozenLayers
+from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import TiedLayers
@@ -77,7 +78,7 @@ class Trainer:
         self.optimizer = adamw(self.model, config.optimization)
         self._tie(start)
         self.averaging: GradientAveraging | None = None
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not self._is_sharded:
             self.averaging = GradientAveraging(self.storage.stack)
         self.tying = self._put_in_charge(policy) if policy else None
         if config.optimization.compile:
@@ -106,6 +107,15 @@ class Trainer:
         choose_attention(self.model, optimization.precision, self.config.data.bptt)
         if optimization.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._is_sharded:
+            from layer_tying.core.sharding import shard_tied_layers
+
+            shard_tied_layers(TiedLayers(self.model, untied=tying.untied_names))
+
+    @property
+    def _is_sharded(self) -> bool:
+        """A single process holds all there is."""
+        return self.config.optimization.parallel == "shard" and distributed.world_size() > 1
 
     def _residual_outputs(self) -> tuple[str, ...]:
         return residual_outputs(self.model.config.model_type)
@@ -159,7 +169,8 @@ class Trainer:
             self._backward(loss, is_last=number == settings.accumulate)
             total += loss.detach()
         at("gradients")
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        with distributed.others_may_be_lost() if self._is_sharded else nullcontext():
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         if self.state is None:
             self.state = model_state(self.model, [self.optimizer])
@@ -212,9 +223,8 @@ class Trainer:
         if scores["loss"] < self.best["loss"] or not self.best["step"]:
             loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
             self.best = {"step": self.step, "loss": loss}
-            distributed.on_rank_0(
-                lambda: self.save_weights(self.folder.checkpoints / "best", scores=scores)
-            )
+            weights, best = self._weights(), self.folder.checkpoints / "best"
+            distributed.on_rank_0(lambda: self.save_weights(best, weights, scores=scores))
         self.clock.lap("validate")
         return scores
 
@@ -255,7 +265,13 @@ class Trainer:
         self.folder.metrics(**line)
         return loss
 
-    def save_weights(self, folder: Path, training: Any = None, **facts: Any) -> None:
+    def _weights(self) -> dict[str, Tensor]:
+        """Each distinct weight; of sharded ones, rank 0 gets copies and the others nothing."""
+        return whole_on_rank_0(checkpoint.unique_tensors(self.model))
+
+    def save_weights(
+        self, folder: Path, weights: Mapping[str, Tensor], training: Any = None, **facts: Any
+    ) -> None:
         """Write a checkpoint of the weights, with what describes it; on one rank only."""
         checkpoint.save_checkpoint(
             folder,
@@ -270,19 +286,22 @@ class Trainer:
                 **facts,
             },
             training=training,
+            weights=weights,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """All that going on exactly needs: tensors (not copies) and JSON-able values.
 
-        With several processes it is collective: call it on all of them.
+        With several processes it is collective: call it on all of them. Sharded tensors are put
+        together for rank 0.
         """
         self.tally.seconds = self.clock.seconds
+        optimizer = checkpoint.optimizer_state_by_name(self.model, self.optimizer)
         return {
-            "model": checkpoint.unique_tensors(self.model),
+            "model": self._weights(),
             "storage": list(self.storage.tying.owners),
             "owners": list(self.layers.tying.owners),
-            "optimizer": checkpoint.optimizer_state_by_name(self.model, self.optimizer),
+            "optimizer": {name: whole_on_rank_0(state) for name, state in optimizer.items()},
             "tying": self.tying.state_dict() if self.tying else None,
             "batches": self.task.batches.state(),
             "reward_batches": self.task.reward_batches.state(),

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layer_tying.core.distributed import is_sharded
+from layer_tying.core.gather import put, sharded_as
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
@@ -81,6 +83,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     training: Any = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all, in place of one of the same name.
 
@@ -92,6 +95,7 @@ def save_checkpoint(
         config: JSON-able values that identify the run.
         facts: more JSON-able values.
         training: a nested tree of dicts, lists, tensors and JSON-able values.
+        weights: the model's, where it is sharded and they were put together.
 
     Raises:
         InputError: if it cannot be written (a full disk, say); what was there before is untouched.
@@ -99,13 +103,13 @@ def save_checkpoint(
     temporary = folder.with_name(f".{folder.name}.tmp")
     tensors: dict[str, Tensor] = {}
     tree = split_tree(training, tensors, "")
+    if weights is None:
+        weights = unique_tensors(model)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(
-            {n: t.detach().contiguous() for n, t in unique_tensors(model).items()},
-            temporary / MODEL,
-        )
+        stored = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        save_file(stored, temporary / MODEL)
         save_file(tensors, temporary / TRAINING)
         state = {
             "format": FORMAT,
@@ -212,9 +216,8 @@ def load_tensors(model: nn.Module, saved: Mapping[str, Tensor], origin: Path) ->
     """
     tensors = unique_tensors(model)
     check_fit(saved, tensors, origin)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+    for name, tensor in tensors.items():
+        put(tensor, saved[name])
 
 
 def check_fit(saved: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -251,11 +254,18 @@ def load_optimizer_state_by_name(
         group = groups[parameter]
         counts_there = group.get("fused") or group.get("capturable")  # else steps stay on the CPU
         optimizer.state[parameter] = {
-            key: value.to(parameter.device)
+            key: _at_home(value, parameter)
             if isinstance(value, Tensor) and (key != "step" or counts_there)
             else value
             for key, value in state.items()
         }
+
+
+def _at_home(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A value of the optimizer's state where its parameter is: on its device, in its rows."""
+    if is_sharded(parameter) and value.shape == parameter.shape and value.ndim:
+        return sharded_as(value, parameter)
+    return value.to(parameter.device)
 
 
 def rng_state() -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from layer_tying.core import distributed
 from layer_tying.data.batches import IGNORED
 from layer_tying.tasks.metrics import Outcome
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,6 +40,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def of_my_share(items: Sequence[T], function: Callable[[T], U]) -> list[U]:
+    """What a function makes of each of the items that are dealt to this process.
+
+    The function runs the model once, and it is called equally often on all processes: a sharded
+    model can only run on all of them at once. Where there is one item less, one more is run for
+    nothing.
+    """
+    mine = [function(item) for item in distributed.dealt(items)]
+    if len(mine) * distributed.world_size() < len(items):
+        function(items[0])
+    return mine
 
 
 def mean_loss(loss_and_count: Iterable[tuple[Tensor, int]]) -> float:

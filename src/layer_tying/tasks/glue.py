@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layer_tying.core import distributed
 from layer_tying.data.batches import REWARD_SEED, Stream
 from layer_tying.data.config import DataConfig
 from layer_tying.data.glue import FORMATS, GlueBatches, GlueExamples, encode
@@ -26,6 +25,7 @@ from layer_tying.tasks.evaluation import (
     cross_entropy,
     evaluating,
     most_likely,
+    of_my_share,
     slices,
 )
 
@@ -108,12 +108,13 @@ class GlueTask:
     ) -> dict[str, float]:
         """Loss, its exponential, and the metrics that the task is reported by."""
         examples = self._splits[split]
-        logits = []
+
+        def logits_of(rows: slice) -> Tensor:
+            return self._logits(model, encode(examples[rows], self.tokenizer, self._length))
+
         with evaluating(model):
             batches = slices(len(examples), self._eval_batch_size, max_batches)
-            for rows in distributed.dealt(batches):
-                batch = encode(examples[rows], self.tokenizer, self._length)
-                logits.append(self._logits(model, batch))
+            logits = of_my_share(batches, logits_of)
         outcome = class_outcome(logits, np.array([example.label for example in examples]))
         return metrics.scores((*METRICS, *FORMATS[self.examples.name].metrics), outcome)
 

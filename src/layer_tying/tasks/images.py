@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layer_tying.core import distributed
 from layer_tying.data.batches import REWARD_SEED, Stream
 from layer_tying.data.config import DataConfig
 from layer_tying.data.images import ImageBatches, Images
@@ -24,6 +23,7 @@ from layer_tying.tasks.evaluation import (
     cross_entropy,
     evaluating,
     most_likely,
+    of_my_share,
     slices,
 )
 
@@ -75,9 +75,9 @@ class ImageTask:
         """Loss, its exponential and accuracy."""
         x = getattr(self.images, f"x_{split}")
         y = getattr(self.images, f"y_{split}")
-        rows_of_batches = slices(len(x), self._eval_batch_size, max_batches)
+        batches = slices(len(x), self._eval_batch_size, max_batches)
         with evaluating(model):
-            mine = [logits_of_images(model, x[rows]) for rows in distributed.dealt(rows_of_batches)]
+            mine = of_my_share(batches, lambda rows: logits_of_images(model, x[rows]))
         return metrics.scores(METRICS, class_outcome(mine, y))
 
     def save(self, folder: Path) -> None:

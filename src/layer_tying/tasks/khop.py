@@ -20,7 +20,14 @@ from layer_tying.models.build import transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
 from layer_tying.tasks import metrics
-from layer_tying.tasks.evaluation import cross_entropy, evaluating, mean_loss, most_likely, slices
+from layer_tying.tasks.evaluation import (
+    cross_entropy,
+    evaluating,
+    mean_loss,
+    most_likely,
+    of_my_share,
+    slices,
+)
 from layer_tying.tasks.language import (
     Pair,
     accuracy_of_tokens,
@@ -80,15 +87,17 @@ class KhopTask:
     ) -> dict[str, float]:
         """Loss, perplexity and accuracy; accuracy for each number of hops from 1."""
         inputs, labels = self._held_out[split]
-        losses, found = [], []
+
+        def outcome(rows: slice) -> tuple[tuple[Tensor, int], np.ndarray]:
+            logits = logits_of_tokens(model, torch.from_numpy(inputs[rows]))
+            loss = cross_entropy(logits, torch.from_numpy(labels[rows]).to(logits.device))
+            return (loss, int((labels[rows] != IGNORED).sum())), most_likely(logits)
+
         with evaluating(model):
-            for rows in distributed.dealt(slices(len(inputs), self._eval_batch_size, max_batches)):
-                logits = logits_of_tokens(model, torch.from_numpy(inputs[rows]))
-                loss = cross_entropy(logits, torch.from_numpy(labels[rows]).to(logits.device))
-                losses.append((loss, int((labels[rows] != IGNORED).sum())))
-                found.append(most_likely(logits))
-        loss = mean_loss(losses)
-        predicted = np.concatenate(distributed.gather_dealt(found))
+            batches = slices(len(inputs), self._eval_batch_size, max_batches)
+            mine = of_my_share(batches, outcome)
+        loss = mean_loss(each for each, _ in mine)
+        predicted = np.concatenate(distributed.gather_dealt([found for _, found in mine]))
         inputs, labels = inputs[: len(predicted)], labels[: len(predicted)]
         has_label = labels != IGNORED
         scores = metrics.scores(

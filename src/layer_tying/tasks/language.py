@@ -30,7 +30,7 @@ from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import FAMILIES, TextInput
 from layer_tying.tasks import metrics
 from layer_tying.tasks.cross_entropy import language_model_loss
-from layer_tying.tasks.evaluation import evaluating, mean_loss, most_likely, slices
+from layer_tying.tasks.evaluation import evaluating, mean_loss, most_likely, of_my_share, slices
 
 METRICS = ("loss", "perplexity")
 CAUSAL_METRICS = (*METRICS, "bits_per_byte")
@@ -129,11 +129,13 @@ class LanguageTask:
         part = getattr(self.corpus, split)
         inputs, labels = self._windows[split]
         batches = slices(len(inputs), self._eval_batch_size, max_batches)
+
+        def loss_and_count(rows: slice) -> tuple[Tensor, int]:
+            loss = self.loss(model, (inputs[rows], labels[rows]))
+            return loss, int((labels[rows] >= 0).sum())
+
         with evaluating(model):
-            loss = mean_loss(
-                (self.loss(model, (inputs[rows], labels[rows])), int((labels[rows] >= 0).sum()))
-                for rows in distributed.dealt(batches)
-            )
+            loss = mean_loss(of_my_share(batches, loss_and_count))
         outcome = metrics.Outcome(
             loss, num_tokens=len(part.tokens), num_bytes=part.num_bytes, num_words=part.num_words
         )
@@ -192,12 +194,15 @@ def last_word_outcome(
         logits_of: [1, T] ids to [1, T, vocabulary] logits.
         max_length: the longest input; contexts are cut from the left.
     """
-    hits = []
-    for context, word in distributed.dealt(passages):
+
+    def is_hit(passage: tuple[str, str]) -> int:
+        context, word = passage
         target = encode(" " + word)
         tokens = np.concatenate([encode(context), target])[-(max_length + 1) :]
         inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
         best = most_likely(logits_of(inputs)[0, -len(target) :])
-        hits.append(int(np.array_equal(best, target[-len(best) :])))
+        return int(np.array_equal(best, target[-len(best) :]))
+
+    hits = of_my_share(passages, is_hit)
     predicted = np.array(distributed.gather_dealt(hits), np.int64)
     return metrics.Outcome(predicted=predicted, labels=np.ones_like(predicted))
