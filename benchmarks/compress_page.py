@@ -13,12 +13,14 @@ from common import Case
 from compress_rivals import RIVALS
 from compress_teachers import SCRATCH, TEACHERS
 from matplotlib.figure import Figure
+from readme import README, write_between
 
 from layer_tying.files import write_text_whole
 from layer_tying.report.markdown import markdown_table
 from layer_tying.report.style import ACCENT, CONVENTIONAL, STYLE
 
 DOCS = Path(__file__).parent.parent / "docs"
+MARKS = "<!-- compress: written by benchmarks/compress.py -->\n", "<!-- end of compress -->\n"
 OURS = "compress"
 GATE = 0.95  # of the perplexity of three layers
 AIMS = {4: 1.10, 6: 1.03}  # of the untouched perplexity, by layers kept of 12
@@ -50,6 +52,8 @@ def write_page(results: Path, folder: Path = DOCS) -> Path:
     sections = sections_of(found["rows"])
     draw(sections).savefig(folder / "images" / "compress.png", dpi=160)
     write_text_whole(folder / "compress.md", page_of(found, sections))
+    if folder == DOCS:
+        write_between(README, MARKS, short_table(sections))
     return folder / "compress.md"
 
 
@@ -164,6 +168,28 @@ def _table(groups: Groups, untouched: Mapping[str, float]) -> str:
     heads = ["method", "before healing", "after, test", "of untouched", "parameters"]
     heads += ["seconds", "learning rate", "seeds"]
     return markdown_table(heads, (_cells(*group, untouched) for group in groups.items()))
+
+
+def short_table(sections: Mapping[tuple[str, int], Groups]) -> str:
+    """The README's: `compress`, the best rival that is healed alike, and the model from scratch."""
+    heads = ["model", "parameters", "training steps", "times the untouched perplexity"]
+    lines = []
+    for (teacher, sets), groups in sections.items():
+        record = TEACHERS[teacher]
+        for method in [OURS, *_rivals(groups)]:
+            rows = groups[method]
+            steps = rows[0]["steps"] + (record.steps if method == SCRATCH else 0)
+            base = groups[OURS][0]["test_before"]
+            name = f"{method}, {sets} of {record.depth} layers"
+            lines.append(
+                [
+                    f"**{name}**" if method == OURS else name,
+                    f"{rows[0]['parameters'] / 1e6:.2f} M",
+                    f"{steps:,}",
+                    f"{_mean(rows, 'test') / base:.3f}",
+                ]
+            )
+    return markdown_table(heads, lines)
 
 
 def _cells(method: str, rows: Sequence[Case], untouched: Mapping[str, float]) -> list[str]:

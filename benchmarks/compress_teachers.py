@@ -34,10 +34,15 @@ class Teacher:
         return self.setting.depth
 
     @property
+    def steps(self) -> int:
+        """It was trained for."""
+        return {**self.setting.flags, **self.flags}["max_steps"]
+
+    @property
     def about(self) -> str:
         """What it is, for the page."""
         flags = {**self.setting.flags, **self.flags}
-        return f"{flags['nlayers']} layers x {flags['emsize']}, {flags['max_steps']:,} steps"
+        return f"{flags['nlayers']} layers x {flags['emsize']}, {self.steps:,} steps"
 
 
 TEACHERS = {

@@ -14,13 +14,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from readme import README, write_between
 
 from layer_tying.files import write_text_whole
 from layer_tying.report.markdown import markdown_table
 from layer_tying.report.style import CONVENTIONAL, OTHERS, STYLE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks/results/demo.json"
 PICTURE = REPOSITORY / "docs/images/demo.png"
 MARKS = "<!-- demo: written by benchmarks/demo.py -->\n", "<!-- end of demo -->\n"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         collect(Path(folder))
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in results["rows"]}
-    write_between(README, table_of(rows))
+    write_between(README, MARKS, table_of(rows))
     draw(rows).savefig(PICTURE, dpi=160)
 
 
@@ -79,14 +79,6 @@ def table_of(rows: Rows) -> str:
         for method, (title, _, _) in METHODS.items()
     ]
     return markdown_table(["method", "parameters", *HOPS], lines)
-
-
-def write_between(page: Path, table: str) -> None:
-    """Put the table between its marks in a page."""
-    start, end = MARKS
-    before, rest = page.read_text(encoding="utf-8").split(start)
-    after = rest.split(end)[1]
-    write_text_whole(page, f"{before}{start}\n{table}\n\n{end}{after}")
 
 
 def draw(rows: Rows) -> Figure:

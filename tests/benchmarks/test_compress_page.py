@@ -95,5 +95,7 @@ def test_a_model_from_scratch_has_the_steps_of_its_teacher_and_of_healing(tmp_pa
 
 def test_the_page_is_up_to_date():
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    sections = compress_page.sections_of(found["rows"])
     text = (compress_page.DOCS / "compress.md").read_text(encoding="utf-8")
-    assert text == compress_page.page_of(found, compress_page.sections_of(found["rows"]))
+    assert text == compress_page.page_of(found, sections)
+    assert compress_page.short_table(sections) in compress_page.README.read_text(encoding="utf-8")
