@@ -63,7 +63,7 @@ def test_it_is_what_the_most_likely_tokens_are_one_by_one(name, runs):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal"])
 @pytest.mark.parametrize("tying", [Tying.all_tied(4), Tying((0, 1, 0, 1))], ids=str)
 def test_cached_logits_equal_uncached(kind, tying):
-    """Every layer has a slot of its own in the cache, whosever weights it uses."""
+    """Every layer has a slot of its own in the cache, no matter whose weights it uses."""
     model = trained(kind, True, tying)
     inputs = torch.randint(58, (2, 6), generator=torch.Generator().manual_seed(0))
     scores = {}
