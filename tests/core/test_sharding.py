@@ -231,7 +231,7 @@ def refusals() -> list[str]:
         lambda: shard_tied_layers(before),
         lambda: shard_tied_layers(TiedLayers(recurrent)),
         lambda: shard_tied_layers(mixing),
-        ours.mix,
+        layers.mix,
     ]
     said = []
     for attempt in attempts:
@@ -243,7 +243,7 @@ def refusals() -> list[str]:
 
 def test_what_cannot_work_is_refused_in_one_line():
     wanted = [r"sharded by FSDP"] * 2 + [r"sharded already"] * 2 + [r"then make the optimizer"]
-    wanted += [r"embed keeps", r"mix", r"mix"]
+    wanted += [r"embed keeps", r"shard the model first", r"sharded by FSDP"]
     for said in on_ranks(2, refusals):
         for message, pattern in zip(said, wanted, strict=True):
             assert re.search(pattern, message) and "\n" not in message

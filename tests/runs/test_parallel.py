@@ -52,6 +52,7 @@ def assert_same_best(one: Path, other: Path) -> None:
 CASES = [
     {"eval_batches": 3},  # an odd number, of which the processes get unequal shares
     {"family": "bert", "accumulate": 2, "reward": "perplexity", "checkpointing": True},
+    {"policy": "mixture", "groups": 2},
     {"policy": "cycle", "groups": 1, "sharing": "frozen", "gradient": "owner"},
 ]
 

@@ -32,11 +32,12 @@ def gather(sharded: Tensor, module: nn.Module | None = None) -> Tensor:
         sharded: a DTensor over a mesh of one dimension, in rows or replicated.
         module: the module that reads it; None for what autocast never casts.
     """
-    full = _Gather.apply(sharded, _type_to_read(sharded, module))
+    full = _Gather.apply(sharded, type_to_read(sharded, module))
     return full  # type: ignore[return-value]
 
 
-def _type_to_read(weight: Tensor, module: nn.Module | None) -> torch.dtype:
+def type_to_read(weight: Tensor, module: nn.Module | None) -> torch.dtype:
+    """The type to gather a weight in: autocast's, where that casts it."""
     device = weight.device.type
     is_cast = torch.is_autocast_enabled(device) and weight.ndim > 1 and weight.is_floating_point()
     if not is_cast or module is None or isinstance(module, nn.Embedding):
@@ -47,8 +48,7 @@ def _type_to_read(weight: Tensor, module: nn.Module | None) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sharded: Any, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.sharded_as = (sharded.device_mesh, sharded.placements, sharded.shape, sharded.stride())
-        ctx.dtype = sharded.dtype
+        ctx.sharded = sharded
 
         def whole() -> Tensor:
             return _whole(sharded, dtype)
@@ -59,24 +59,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements, shape, stride = ctx.sharded_as
-        group = mesh.get_group()
-        mean = gradient.to(ctx.dtype) / mesh.size()
-        with others_may_be_lost():
-            if placements[0].is_shard():
-                mean = _my_rows_of_sum(mean, group)
-            else:
-                dist.all_reduce(mean, group=group)
-        local = DTensor.from_local(
-            mean, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
-        return local, None
+        return with_rows(my_rows_of_mean(gradient, ctx.sharded), ctx.sharded), None
 
 
 def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:
-    local = sharded._local_tensor.detach().to(dtype)
+    return whole_of_rows(sharded._local_tensor.detach(), sharded, dtype)
+
+
+def whole_of_rows(local: Tensor, sharded: Any, dtype: torch.dtype) -> Tensor:
+    """All rows, of which each process has these, as many as it holds of a sharded tensor."""
+    local = local.to(dtype)
     if not sharded.placements[0].is_shard():
         return local.clone()
     group = sharded.device_mesh.get_group()
@@ -86,6 +78,17 @@ def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:
     with others_may_be_lost():
         dist.all_gather_into_tensor(gathered, padded, group=group)
     return gathered if len(gathered) == num_rows else gathered[:num_rows].clone()
+
+
+def my_rows_of_mean(gradient: Tensor, sharded: Any) -> Tensor:
+    """Of the mean of a whole weight's gradients, what this process holds of the weight."""
+    group = sharded.device_mesh.get_group()
+    mean = gradient.to(sharded.dtype) / sharded.device_mesh.size()
+    with others_may_be_lost():
+        if sharded.placements[0].is_shard():
+            return _my_rows_of_sum(mean, group)
+        dist.all_reduce(mean, group=group)
+    return mean
 
 
 def _my_rows_of_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -141,18 +144,22 @@ def put(target: Tensor, values: Tensor) -> None:
 
 def sharded_as(values: Tensor, other: Tensor) -> Tensor:
     """A new tensor that is sharded as another one of its shape is, with these values."""
+    return with_rows(_held_of(values, other).to(other.device, copy=True), other)
+
+
+def with_rows(local: Tensor, other: Any) -> Tensor:
+    """The tensor that is sharded as another one is, of which this process holds these rows."""
     from torch.distributed.tensor import DTensor
 
-    layout: Any = other
-    local = _held_of(values, other).to(other.device, copy=True)
-    return DTensor.from_local(
-        local,
-        layout.device_mesh,
-        layout.placements,
-        run_check=False,
-        shape=layout.shape,
-        stride=layout.stride(),
-    )
+    layout = {"shape": other.shape, "stride": other.stride()}
+    return DTensor.from_local(local, other.device_mesh, other.placements, run_check=False, **layout)
+
+
+def replicated_as(values: Tensor, other: Any) -> Tensor:
+    """A tensor over the processes that share another one, of which each of them holds all."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(values, other.device_mesh, [Replicate()], run_check=False)
 
 
 def _held_of(values: Tensor, sharded: Any) -> Tensor:

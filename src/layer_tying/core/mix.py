@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ def mix(coefficients: Tensor, *sets: Tensor) -> Tensor:
         coefficients: [M].
         sets: M tensors of one shape.
     """
-    mixed = _Mix.apply(coefficients, *sets)
-    return mixed  # type: ignore[return-value]
+    total = _Mix.apply(coefficients, *sets)
+    return total  # type: ignore[return-value]
 
 
 class _Mix(torch.autograd.Function):
@@ -27,10 +28,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:
         coefficients, *sets = arguments
         ctx.save_for_backward(*arguments)
-        mixed = sets[0] * coefficients[0]
-        for m in range(1, len(sets)):
-            mixed.addcmul_(sets[m], coefficients[m])
-        return mixed
+        return mixed(coefficients, sets)
 
     @staticmethod
     @once_differentiable
@@ -38,11 +36,25 @@ class _Mix(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         coefficients, *sets = ctx.saved_tensors
-        (gradient,) = grad_outputs
-        flat = gradient.reshape(-1)
-        to_coefficients = torch.stack([torch.dot(flat, each.reshape(-1)) for each in sets])
-        to_sets = [
-            gradient * coefficients[m] if wanted else None
-            for m, wanted in enumerate(ctx.needs_input_grad[1:])
-        ]
+        to_coefficients, to_sets = gradients_of_mix(
+            grad_outputs[0], coefficients, sets, ctx.needs_input_grad[1:]
+        )
         return to_coefficients, *to_sets
+
+
+def mixed(coefficients: Tensor, sets: Sequence[Tensor]) -> Tensor:
+    """What ``mix`` returns, without gradients."""
+    total = sets[0] * coefficients[0]
+    for m in range(1, len(sets)):
+        total.addcmul_(sets[m], coefficients[m])
+    return total
+
+
+def gradients_of_mix(
+    gradient: Tensor, coefficients: Tensor, sets: Sequence[Tensor], is_wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of the coefficients, [M], and those of the sets that are wanted."""
+    flat = gradient.reshape(-1)
+    to_coefficients = torch.stack([torch.dot(flat, each.reshape(-1)) for each in sets])
+    to_sets = [gradient * coefficients[m] if wanted else None for m, wanted in enumerate(is_wanted)]
+    return to_coefficients, to_sets

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_tying.core.distributed import held_here, is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
+from layer_tying.core.gather import replicated_as
 from layer_tying.core.tying import Tying
 from layer_tying.core.weight_access import read_mixed, stored
 from layer_tying.errors import InputError
@@ -85,7 +87,7 @@ class Mixtures:
     def matrices(self) -> dict[str, Tensor]:
         """[L, M] the coefficients of each matrix, by its name within a layer, detached."""
         return {
-            name: torch.stack([layer[name].detach() for layer in self.coefficients])
+            name: torch.stack([held_here(layer[name]).detach() for layer in self.coefficients])
             for name in self.coefficients[0]
         }
 
@@ -95,7 +97,11 @@ def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
     module, attribute = slot
     name = f"{attribute}{MIXTURE}"
     if name not in module._parameters:
-        module.register_parameter(name, nn.Parameter(one_hot.to(stored(slot), copy=True)))
+        weight = stored(slot)
+        values = one_hot.to(device=weight.device, dtype=weight.dtype, copy=True)
+        if is_sharded(weight):
+            values = replicated_as(values, weight)
+        module.register_parameter(name, nn.Parameter(values))
     return stored((module, name))
 
 

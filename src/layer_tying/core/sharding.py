@@ -51,7 +51,7 @@ def shard_tied_layers(layers: TiedLayers, mesh: DeviceMesh | None = None) -> Non
             "call shard_tied_layers with TiedLayers(model), then make the optimizer"
         )
     if layers.mixtures:
-        raise InputError("layers that mix shared weights cannot be sharded: replicate the model")
+        raise InputError("layers mix shared weights already: shard the model first, then mix")
     model = layers.stack.model
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):

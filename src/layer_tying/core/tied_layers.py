@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from torch import nn
 from torch.optim import Optimizer
 
-from layer_tying.core.distributed import held_here, is_sharded
+from layer_tying.core.distributed import held_here
 from layer_tying.core.find import LayerStack, find_layers
 from layer_tying.core.mixtures import Mixtures, coefficient_group
 from layer_tying.core.optimizer_state import OptimizerState
@@ -170,8 +170,7 @@ class TiedLayers:
             InputError: if there are fewer than two independent layers, or the layers differ.
         """
         if self.mixtures is None:
-            if any(is_sharded(p) for p in self._owned().values()):
-                raise InputError("the weights of a sharded model cannot be mixed: replicate it")
+            refuse_sharded(self.stack.model)
             self.mixtures = Mixtures(self.stack, self.tying)
             for optimizer in self.optimizers[:1]:
                 rate = optimizer.param_groups[0]["lr"]

@@ -14,7 +14,8 @@ A weight can be read in one of these ways (``READERS``), and what a module retur
   which is what the published code does: its tied copies are frozen).
 - *mixed*: a layer reads a combination of several stored weights (see ``mixtures.py``).
 - *gathered*: a sharded weight is gathered from all processes, and freed after use (see
-  ``gather.py``); *gathered, detached* likewise, without gradient.
+  ``gather.py``); *gathered, detached* likewise, without gradient; *gathered, mixed* a mixture of
+  sharded weights (see ``gather_mixed.py``).
 - *scaled*: what a module returns is multiplied by a factor (1/n residual scaling), by a forward
   hook, since torch's ``TransformerEncoderLayer`` skips the forward of its parts in inference unless
   they have hooks. The factor is a tensor, so that compiled layers are not compiled again when it
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from layer_tying.core.distributed import is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
 from layer_tying.core.gather import gather
+from layer_tying.core.gather_mixed import gather_mixed
 from layer_tying.core.mix import mix
 from layer_tying.errors import InputError
 
@@ -74,7 +76,8 @@ def refuse_sharded(model: nn.Module) -> None:
     for module in model.modules():
         gathered = _gathered_by(module)
         for name, weight in module._parameters.items():
-            if weight is not None and name not in gathered and is_sharded(weight):
+            is_ours = name in gathered or name.endswith(MIXTURE)
+            if weight is not None and not is_ours and is_sharded(weight):
                 raise InputError(
                     "the model is sharded by FSDP, which settles which layers share weights: its "
                     "tying cannot change any more. Shard it with layer_tying.shard_tied_layers, or "
@@ -88,7 +91,8 @@ def read_mixed(module: nn.Module, attribute: str, sets: Sequence[Slot]) -> None:
     The coefficients are its parameter ``{attribute}_mixture``, [M].
     """
     module.__dict__.setdefault(SETS, {})[attribute] = tuple(sets)
-    _read(module, attribute, "mixed")
+    is_gathered = attribute in _gathered_by(module)
+    _read(module, attribute, GATHERED_MIXED if is_gathered else "mixed")
 
 
 def scale_output(module: nn.Module, factor: float) -> None:
@@ -164,12 +168,20 @@ def _gathered_detached(module: nn.Module, attribute: str) -> Tensor:
     return gather(stored((module, attribute)).detach(), module)
 
 
+def _gathered_mixed(module: nn.Module, attribute: str) -> Tensor:
+    coefficients = stored((module, f"{attribute}{MIXTURE}"))
+    sets = (stored(slot) for slot in module.__dict__[SETS][attribute])
+    return gather_mixed(module, coefficients, *sets)
+
+
 GATHERED, GATHERED_DETACHED = "gathered", "gathered, detached"
+GATHERED_MIXED = "gathered, mixed"
 READERS: dict[str, Callable[[nn.Module, str], Tensor]] = {
     "detached": _detached,
     "mixed": _mixed,
     GATHERED: _gathered,
     GATHERED_DETACHED: _gathered_detached,
+    GATHERED_MIXED: _gathered_mixed,
 }
 
 
@@ -179,7 +191,7 @@ def _read(module: nn.Module, attribute: str, way: str) -> None:
 
 def _gathered_by(module: nn.Module) -> list[str]:
     """The attributes that a module gathers."""
-    return [name for name, way in _ways(module) if way in (GATHERED, GATHERED_DETACHED)]
+    return [name for name, way in _ways(module) if way.startswith(GATHERED)]
 
 
 def _ways(module: nn.Module) -> Ways:
