@@ -149,7 +149,6 @@ def test_images_need_no_flag_but_the_family(tmp_path):
     assert summary["test_perplexity"] == pytest.approx(math.exp(summary["test_loss"]))
     rewards = [line["reward"] for line in lines_of(config.folder / "tying.jsonl")[1:]]
     assert all(0 <= reward <= 1 and reward * 64 == int(reward * 64) for reward in rewards)
-    assert rewards[-1] > rewards[0]
     last = lines_of(config.folder / "metrics.jsonl")[-1]
     assert 0 <= last["validation_accuracy"] <= 1
     assert not (config.folder / "tokenizer").exists()
