@@ -58,6 +58,9 @@ bench-speed: $(VENV)/.run ## steps, decisions, compiling, generating: 13 minutes
 bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same step: 11 minutes, resumes
 	$(BIN)/python benchmarks/alternatives.py
 
+bench-scaling: $(VENV)/.run ## several processes, replicated and sharded: minutes, resumes
+	$(BIN)/python benchmarks/scaling.py
+
 bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
 	$(BIN)/python benchmarks/quality.py
 
@@ -84,4 +87,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-quality bench-compress
+.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-scaling bench-quality bench-compress
