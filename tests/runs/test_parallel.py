@@ -1,5 +1,6 @@
 """Runs of sharded models: they follow a run on one process, and go on on any number of them."""
 
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from many_processes import on_ranks
-from small_runs import lines_of, signal_at, small, write_text
+from many_processes import Died, on_ranks
+from small_runs import lines_of, signal_at, small, traces_of, write_text
 
 from layer_tying import InputError, Tying
 from layer_tying.runs.config import TrainConfig
@@ -136,3 +137,30 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, changes):
     ) as no:
         small(tmp_path, parallel="shard", **changes)
     assert "\n" not in str(no.value)
+
+
+def killed_at(config: TrainConfig, event: str, number: int, resume: bool) -> None:
+    signal_at(event, number, signal.SIGKILL)
+    train_on_a_rank(config, resume)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_a_run_whose_processes_are_killed_ten_times_goes_on_exactly(tmp_path, parallel):
+    write_text(tmp_path)
+    often = {"every": 2, "save_every": 2, "log_every": 1, "eval_every": 30, "max_steps": 60}
+    config = small(tmp_path, exp="whole", parallel=parallel, dropout=0.1, **often)
+    on_ranks(2, train_on_a_rank, config)
+    killed = config.replace(exp="killed")
+    rng = random.Random(0)
+    for number in range(10):
+        event = rng.choice(["step", "gradients", "decided", "save", "checkpoint"])
+        is_begun = (killed.folder / "config.json").exists()
+        outcomes = on_ranks(2, killed_at, killed, event, rng.randint(1, 3), is_begun)
+        assert any(isinstance(each, Died) for each in outcomes), (number, event, outcomes)
+    assert not (killed.folder / "summary.json").exists()
+    on_ranks(2, train_on_a_rank, killed, True)
+    assert_followed(config.folder, killed.folder)
+    whole, resumed = traces_of(config.folder), traces_of(killed.folder)
+    del whole["metrics"], resumed["metrics"]  # losses are averaged before they are saved
+    assert whole == resumed
