@@ -29,19 +29,34 @@ HOW = (
     "Every method gets the same trained model, keeps as many parameters, and is healed on the "
     "same batches for a tenth of the steps that the model was trained for, with the same "
     "objective: nine tenths of the divergence from the untouched model's outputs, one tenth of "
-    "the ordinary loss. `compress` measures which groups of layers move the output least, and "
-    "lets each layer learn a mixture of the kept ones; `compress, tied` ties the same groups; "
-    "`gradual` ties one group after another over the first half; `closed form` starts the "
-    "mixtures from a truncated singular value decomposition weighted by activations; "
-    "`neighbours`, `cycle`, `free` and `grown` search only such groups. `sequence` and `cycle, "
-    "first layers` are the usual patterns with the weights of each group's first layer. `low "
-    "rank` cuts each matrix by singular value decomposition. `least influential dropped` keeps "
-    "the layers with the largest block influence (ShortGPT, Men et al. 2024). `trained from "
-    "scratch` is a conventional model of that many layers, trained for the teacher's steps and "
-    "those of healing. Learning rates are chosen on validation with the first seed; a seed of "
-    "healing is its order of data and what is drawn at random. Ratios are of perplexities per "
-    "byte. `make bench-compress` writes this page from `benchmarks/results/compress.json`."
+    "the ordinary loss. Learning rates are chosen on validation with the first seed, where "
+    "several were tried; a seed of healing is its order of data and what is drawn at random. "
+    "Ratios are of perplexities per byte. Times were taken while other work ran: compare them "
+    "roughly. `make bench-compress` goes on measuring what is missing and writes this page from "
+    "`benchmarks/results/compress.json`."
 )
+SEARCH = "searches only such groups."
+WHAT = {
+    "compress": "measures which groups of layers move the output least, and lets each layer learn "
+    "a mixture of the kept ones.",
+    "compress, tied": "ties the same groups.",
+    "compress, gradual": "ties one group after another over the first half of the steps.",
+    "compress, closed form": "starts the mixtures from a truncated singular value decomposition of "
+    "all layers, weighted by activations.",
+    "compress, neighbours": SEARCH,
+    "compress, cycle": SEARCH,
+    "compress, free": SEARCH,
+    "compress, grown": SEARCH,
+    "sequence, first layers": "ties neighbours, with the weights of each group's first layer.",
+    "cycle, first layers": "ties layers in turn, with the weights of each group's first layer.",
+    "random groups": "keeps random layers, and each other layer reads one of them at random.",
+    "upper layers dropped": "keeps the first layers.",
+    "least influential dropped": "keeps the layers of the largest block influence (ShortGPT, Men "
+    "et al. 2024).",
+    "low rank": "cuts each matrix by singular value decomposition; norms stay each layer's own.",
+    SCRATCH: "is a conventional model of that many layers, trained for the teacher's steps and "
+    "those of healing.",
+}
 Groups = Mapping[str, Sequence[Case]]  # the rows of each method at its best rate
 
 
@@ -64,7 +79,9 @@ def page_of(found: Mapping[str, Any], sections: Mapping[tuple[str, int], Groups]
     parts = ["# Compression of a trained model"]
     parts.append("\n".join(f"- {line}" for line in [*sorted(lines, key=_is_met), *gates]))
     parts.append("![Perplexity after healing, by method](images/compress.png)")
-    parts += ["## How it was measured", HOW, _where(found)]
+    measured = {method for groups in sections.values() for method in groups}
+    what = [f"- `{method}` {about}" for method, about in WHAT.items() if method in measured]
+    parts += ["## How it was measured", HOW, "\n".join(what), _where(found)]
     for (teacher, sets), groups in sections.items():
         depth = TEACHERS[teacher].depth
         parts.append(f"## {teacher}: {sets} of {depth} layers")

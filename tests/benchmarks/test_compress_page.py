@@ -63,8 +63,9 @@ def test_what_missed_stands_first_and_the_best_rival_is_named(tmp_path):
         row("low rank", error="killed by SIGKILL"),
         scratch(5.0),
     ]
-    lines = page(rows, tmp_path).splitlines()
-    bullets = [line for line in lines if line.startswith("- ")]
+    text = page(rows, tmp_path)
+    lines = text.splitlines()
+    bullets = [line for line in text.split("![")[0].splitlines() if line.startswith("- ")]
     verdicts = ["missed" in line for line in bullets]
     assert verdicts == [True, True, True, False, False]
     assert "0.960 times the perplexity of the best rival that is healed alike" in bullets[1]
