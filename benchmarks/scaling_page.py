@@ -239,24 +239,25 @@ def _overlap_table() -> str:
 def drawn() -> Figure:
     """Memory held and bytes sent by a device, over the number of devices; computed."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.4))
+        figure = Figure(figsize=(9.6, 3.8))
         memory, traffic = figure.subplots(1, 2)
         colours = (CONVENTIONAL, *OTHERS)
         for colour, m in zip(colours, (48, 7, 1), strict=False):
             held = [_state(m, 1) / 1e9] * len(DEVICES)
             memory.plot(DEVICES, held, color=colour, label=f"replicated, {m} independent")
             held = [_state(m, number) / 1e9 for number in DEVICES]
-            memory.plot(DEVICES, held, "--", color=colour, label=f"sharded, {m}")
+            memory.plot(DEVICES, held, "--", color=colour, label=f"sharded, {m} independent")
             size = (m, SHAPE["layer"], SHAPE["rest"])
             sent = [replicated_bytes(*size, n) / n / 1e9 for n in DEVICES[1:]]
-            traffic.plot(DEVICES[1:], sent, color=colour, label=f"replicated, {m}")
+            traffic.plot(DEVICES[1:], sent, color=colour)
         size = (SHAPE["layers"], SHAPE["layer"], SHAPE["rest"])
         sent = [sharded_bytes(*size, n) / n / 1e9 for n in DEVICES[1:]]
-        traffic.plot(DEVICES[1:], sent, "--", color=colours[0], label="sharded, any")
-        for axes, name in ((memory, "GB held by a device"), (traffic, "GB sent by it in a step")):
+        traffic.plot(DEVICES[1:], sent, "--", color=colours[0])
+        sent_by = "GB sent by it in a step (sharded: the same for all)"
+        for axes, name in ((memory, "GB held by a device"), (traffic, sent_by)):
             axes.set(xscale="log", yscale="log", xlabel="devices", title=name)
-            axes.legend(frameon=False)
         figure.set_layout_engine("constrained")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.canvas.draw()
     return figure
 
