@@ -121,7 +121,7 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
         **{"shared_init": "plain", "settle": 0.25, "layer_price": 0.5, "export_dtype": "bf16"},
         **{"reward": "accuracy", "precision": "fp32", "log_with": "mlflow", "dropout": 0.5},
         **{"warmup": 0.5, "final_lr": 0.5, "weight_decay": 0.5, "clip": 0.5, "lr": 0.5},
-        **{"checkpointing": True, "compile": True},
+        **{"checkpointing": True, "compile": True, "parallel": "shard"},
         **dict.fromkeys(
             ("dataset", "data_dir", "tokenizer", "exp", "output_dir", "untied"), "a place"
         ),
