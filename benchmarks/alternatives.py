@@ -33,6 +33,7 @@ from common import (
     run_case_or,
     train_step,
 )
+from performance_page import write_page
 from torch import nn
 from torch.optim import Optimizer
 
@@ -114,7 +115,7 @@ def measure(case: Case) -> Case:
 
 def main() -> None:
     options = arguments(__doc__, "alternatives.json", optimizers=OPTIMIZERS)
-    measure_all(__file__, cases(options.quick, options.optimizers), options, line)
+    measure_all(__file__, cases(options.quick, options.optimizers), options, line, write_page)
 
 
 def cases(is_quick: bool, optimizers: Container[str]) -> Iterator[Case]:

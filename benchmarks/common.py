@@ -131,14 +131,13 @@ def measure_all(
     cases: Iterable[Case],
     options: argparse.Namespace,
     line: Callable[[Case, list[Case]], str],
+    write_page: Callable[[Path], Path],
 ) -> None:
     """Measure each case in a process of its own; write the results after each, the page at the end.
 
     A case that was measured before, in the same environment, is left alone, so what was stopped
     goes on; one that failed is tried again.
     """
-    from performance_page import write_page
-
     rows = rows_so_far(options.output)
     for case in cases:
         known = [row for row in rows if case.items() <= row.items()]

@@ -32,6 +32,7 @@ from common import (
     run_case_or,
     train_step,
 )
+from performance_page import write_page
 from performance_tables import ratio_and_bound
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ def go_through_transitions(
 
 def main() -> None:
     options = arguments(__doc__, "memory.json", tokens=("256", "1024"))
-    measure_all(__file__, cases(options.quick, map(int, options.tokens)), options, line)
+    measure_all(__file__, cases(options.quick, map(int, options.tokens)), options, line, write_page)
 
 
 def cases(is_quick: bool, lengths: Iterable[int]) -> Iterator[Case]:

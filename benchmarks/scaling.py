@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from common import QUICK, RESULTS, Case, in_a_process, rows_so_far, run_case_or, write_results
-from scaling_page import write_page
+from common import QUICK, RESULTS, Case, measure_all, run_case_or
+from scaling_page import state_bytes, write_page
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -145,12 +145,17 @@ def measure_memory(case: Case) -> Case:
         step_of(model, optimizer, case["length"], zeroes=False)()
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, live_bytes())  # weights, gradients and optimizer state
-    whole = 4 * 4 * (case["independent"] * size["layer_parameters"] + size["rest_parameters"])
+    share = state_bytes(
+        case["independent"],
+        size["layer_parameters"],
+        size["rest_parameters"],
+        dist.get_world_size(),
+    )
     return {
         **size,
         "built_bytes": built,
         "held_bytes": max(held),
-        "of_share": max(held) / (whole / dist.get_world_size()),
+        "of_share": max(held) / share,
         "step_seconds": (time.perf_counter() - began) / case["repeats"],
     }
 
@@ -221,21 +226,19 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes, steps and memory on several processes.")
     parser.add_argument("--quick", action="store_true", help="tiny numbers, into runs/quick")
+    parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--large", action="store_true", help="also one step at 48 x 1600, sharded")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    output = options.output or (QUICK if options.quick else RESULTS) / "scaling.json"
-    rows = rows_so_far(output)
-    for case in cases(options):
-        known = [row for row in rows if case.items() <= row.items()]
-        if not known or "error" in known[0]:
-            rows = [row for row in rows if row not in known]
-            rows.append(in_a_process(__file__, case))
-            write_results(output, rows)
-            print(json.dumps(rows[-1]), flush=True)
-    print(f"{output}, {write_page(output.parent)}")
+    options.output = options.output or (QUICK if options.quick else RESULTS) / "scaling.json"
+    measure_all(__file__, cases(options), options, line, write_page)
+
+
+def line(row: Case, rows: list[Case]) -> str:
+    """What is printed of a row."""
+    return json.dumps(row)
 
 
 if __name__ == "__main__":

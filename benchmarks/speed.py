@@ -23,6 +23,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from common import Case, arguments, batch, measure_all, random_tying, run_case_or
+from performance_page import write_page
 from speed_compile import measure_compile
 from speed_generate import FORMATS, measure_generation, measure_loading, write_export
 from speed_mixture import measure_mixture
@@ -103,7 +104,7 @@ PARTS = {
 def main() -> None:
     parts = [part for part in PARTS if part != "export"]
     options = arguments(__doc__, "speed.json", parts=parts)
-    measure_all(__file__, cases(options.quick, options.parts), options, line)
+    measure_all(__file__, cases(options.quick, options.parts), options, line, write_page)
 
 
 def cases(is_quick: bool, parts: Iterable[str]) -> Iterator[Case]:
