@@ -2,7 +2,8 @@
 
 All methods have the same teacher, as many parameters, the same batches and steps and the same
 objective. Learning rates are chosen on validation. Each case runs in a process of its own; what was
-stopped goes on. Results: `benchmarks/results/compress.json`, `docs/compress.md`.
+stopped goes on, and what failed is tried again. Results: `benchmarks/results/compress.json` and
+`docs/compress.md`.
 
     python benchmarks/compress.py --sets 4 --processes 2
 """
@@ -58,12 +59,12 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sets", nargs="+", type=int, default=[4, 6])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    rows = rows_so_far(options.output)
+    rows = [row for row in rows_so_far(options.output) if "error" not in row]
     cases = [*_gates(options), *_cases(options)]
     missing = [case for case in cases if not any(case.items() <= row.items() for row in rows)]
     runs = [run_of(options.folder, case) for case in missing]
@@ -71,13 +72,14 @@ def main() -> None:
     train_all(list(jobs.values()), options.processes, threads=1, resume=True)
 
     def measured(case: Case) -> Case:
-        return {**in_a_process(__file__, {**case, "folder": str(options.folder)}), **case}
+        row = in_a_process(__file__, {**case, "folder": str(options.folder)})
+        return {name: value for name, value in row.items() if name != "folder"}
 
     with ThreadPoolExecutor(options.processes) as pool:
         for row in pool.map(measured, missing):
-            rows.append({name: value for name, value in row.items() if name != "folder"})
+            rows.append(row)
             write_results(options.output, rows)
-            print(json.dumps(rows[-1]), flush=True)
+            print(json.dumps(row), flush=True)
     print(write_page(options.output))
 
 

@@ -13,6 +13,7 @@ from common import Case
 from compress_rivals import RIVALS
 from compress_teachers import SCRATCH, TEACHERS
 from matplotlib.figure import Figure
+from quality_rows import GATE
 from readme import README, write_between
 
 from layer_tying.files import write_text_whole
@@ -22,7 +23,6 @@ from layer_tying.report.style import ACCENT, CONVENTIONAL, STYLE
 DOCS = Path(__file__).parent.parent / "docs"
 MARKS = "<!-- compress: written by benchmarks/compress.py -->\n", "<!-- end of compress -->\n"
 OURS = "compress"
-GATE = 0.95  # of the perplexity of three layers
 AIMS = {4: 1.10, 6: 1.03}  # of the untouched perplexity, by layers kept of 12
 AIM_BELOW, AIM_DECIDING = 0.95, 0.10
 HOW = (

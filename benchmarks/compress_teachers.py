@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from common import Case
 from quality_settings import SETTINGS, Setting
@@ -19,13 +18,11 @@ class Teacher:
     """A model that is trained here, to be compressed.
 
     Attributes:
-        setting: of the benchmark of sharing: the data and most flags.
-        flags: in which the teacher differs from it.
+        setting: one of the benchmark of sharing, wider: the data and the flags.
         rate: its learning rate.
     """
 
     setting: Setting
-    flags: dict[str, Any]
     rate: float
 
     @property
@@ -36,17 +33,17 @@ class Teacher:
     @property
     def steps(self) -> int:
         """It was trained for."""
-        return {**self.setting.flags, **self.flags}["max_steps"]
+        return self.setting.flags["max_steps"]
 
     @property
     def about(self) -> str:
         """What it is, for the page."""
-        flags = {**self.setting.flags, **self.flags}
-        return f"{flags['nlayers']} layers x {flags['emsize']}, {self.steps:,} steps"
+        return f"{self.depth} layers x {self.setting.flags['emsize']}, {self.steps:,} steps"
 
 
+TEXT = SETTINGS["wiki2-bytes"]
 TEACHERS = {
-    "text": Teacher(SETTINGS["wiki2-bytes"], {"emsize": 128, "nhead": 4}, rate=1.5e-3),
+    "text": Teacher(replace(TEXT, flags={**TEXT.flags, "emsize": 128, "nhead": 4}), rate=1.5e-3),
 }
 
 
@@ -56,7 +53,7 @@ def run_of(folder: Path, case: Case) -> TrainConfig:
     A model from scratch trains for the teacher's steps and those of healing.
     """
     teacher = TEACHERS[case["teacher"]]
-    flags = {**teacher.setting.flags, **teacher.flags, "lr": teacher.rate, "policy": "none"}
+    flags = {**teacher.setting.flags, "lr": teacher.rate, "policy": "none"}
     name = case["teacher"]
     if case["method"] == SCRATCH:
         name += f"-{case['sets']}-{case['steps']}-{case['seed']}"
