@@ -138,9 +138,9 @@ def test_a_run_keeps_its_tokenizer(data):
 
 def test_images_need_no_flag_but_the_family(tmp_path):
     config = TrainConfig.from_flat(
-        **{"family": "vit", "nlayers": 2, "emsize": 16, "max_steps": 60, "batch_size": 64},
-        **{"policy": "dqn", "every": 20, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
-        **{"eval_every": 30, "save_every": 60},
+        **{"family": "vit", "nlayers": 2, "emsize": 16, "max_steps": 150, "batch_size": 64},
+        **{"policy": "dqn", "every": 50, "reward": "accuracy", "precision": "fp32", "lr": 0.01},
+        **{"eval_every": 75, "save_every": 150},
         output_dir=str(tmp_path),
     )
     summary = train(config)
@@ -149,6 +149,7 @@ def test_images_need_no_flag_but_the_family(tmp_path):
     assert summary["test_perplexity"] == pytest.approx(math.exp(summary["test_loss"]))
     rewards = [line["reward"] for line in lines_of(config.folder / "tying.jsonl")[1:]]
     assert all(0 <= reward <= 1 and reward * 64 == int(reward * 64) for reward in rewards)
+    assert rewards[-1] > rewards[0]
     last = lines_of(config.folder / "metrics.jsonl")[-1]
     assert 0 <= last["validation_accuracy"] <= 1
     assert not (config.folder / "tokenizer").exists()
