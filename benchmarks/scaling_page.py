@@ -189,7 +189,7 @@ def _beyond() -> list[str]:
         "16 (M l + R) bytes of weights, gradients and AdamW's state;\n"
         "- sharded, it sends about 3 (N - 1) / N x 4 (L l + R) bytes, whatever M is (a little "
         "less: biases and embeddings are not gathered again), and holds 16 (M l + R) / N, with the "
-        "gathered weights of the layer that runs beside it.",
+        "gathered weights of the running layer in addition.",
         "What follows was computed and not measured, for 48 layers x 1600 with a vocabulary of "
         "50,257.",
         "![Memory and bytes of a device, by the number of devices](images/scaling.png)",
