@@ -18,6 +18,8 @@ from quality_rows import (
 )
 from quality_settings import Setting
 
+PARAMETERS = "trainable_parameters_mean"
+
 
 def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
     """The sentences as a Markdown list, the bad news first."""
@@ -28,7 +30,8 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
             (open_ if share <= GATE else closed).append((name, share))
     parts = [_gate(open_, closed)]
     for name, _ in open_:
-        parts += [_quality(name, *settings[name]), _time(name, *settings[name])]
+        compare = _accuracy if settings[name][0].accuracy else _perplexity
+        parts += [compare(name, *settings[name]), _time(name, *settings[name])]
     return "\n".join(f"- {part}" for part in parts if part)
 
 
@@ -47,21 +50,42 @@ def _is(many: list[tuple[str, float]]) -> str:
     return "are" if len(many) > 1 else "is"
 
 
-def _quality(name: str, setting: Setting, groups: Groups) -> str:
+def _accuracy(name: str, setting: Setting, groups: Groups) -> str:
+    ours = f"mixture-{setting.sets[0]}"
+    methods = [ours, setting.deep, setting.rival]
+    if not all(method in groups for method in methods):
+        return ""
+    hops = sorted(entry for entry in groups[ours][0] if entry.startswith("test_accuracy_k"))
+    last = f" ({{:.1f}} with {hops[-1].removeprefix('test_accuracy_k')} hops)" if hops else ""
+
+    def percent(method: str) -> str:
+        rows = groups[method]
+        entries = ["test_accuracy", *hops[-1:]]
+        overall, *hardest = (100 * mean(rows, entry) for entry in entries)
+        return f"{overall:.1f} %{last.format(*hardest)}"
+
+    share = mean(groups[ours], PARAMETERS) / mean(groups[setting.deep], PARAMETERS)
+    return (
+        f"`{name}`: `{ours}` is right in {percent(ours)} with {share:.0%} of the parameters of "
+        f"`{setting.deep}`, which is right in {percent(setting.deep)}; `{setting.rival}`, which "
+        f"has as many parameters, is right in {percent(setting.rival)} "
+        f"(seeds: {len(groups[ours])})."
+    )
+
+
+def _perplexity(name: str, setting: Setting, groups: Groups) -> str:
     ours = f"mixture-{setting.sets[0]}"
     to_deep = ratio(groups, setting, ours, setting.deep)
     to_rival = ratio(groups, setting, ours, setting.rival)
     closed = gap_closed(groups, setting, ours)
     if to_deep is None or to_rival is None or closed is None:
         return ""
-    parameters = mean(groups[ours], "trainable_parameters_mean")
-    share = parameters / mean(groups[setting.deep], "trainable_parameters_mean")
-    what = "error" if setting.accuracy else "perplexity"
+    share = mean(groups[ours], PARAMETERS) / mean(groups[setting.deep], PARAMETERS)
     fixed = best_fixed(groups, setting)
     to_fixed = ratio(groups, setting, ours, fixed) if fixed else None
     rest = f", and {to_fixed:.3f} times that of `{fixed}`" if to_fixed else ""
     return (
-        f"`{name}`: `{ours}` has {to_deep:.3f} times the {what} of `{setting.deep}` with "
+        f"`{name}`: `{ours}` has {to_deep:.3f} times the perplexity of `{setting.deep}` with "
         f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
         f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
         f"`{setting.rival}` and `{setting.deep}` (seeds: {len(groups[ours])})."

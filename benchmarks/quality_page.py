@@ -12,7 +12,6 @@ from quality_rows import (
     GATE,
     Groups,
     Row,
-    figure,
     gap_closed,
     gate,
     mean,
@@ -90,9 +89,10 @@ def _about(setting: Setting, groups: Groups) -> str:
 
 
 def _table(setting: Setting, groups: Groups) -> str:
-    what = "error" if setting.accuracy else "perplexity"
-    heads = ["method", what, f"of {setting.deep}", f"of {setting.rival}", "gap closed"]
-    heads += ["parameters", "state, MB", "s/step", "learning rate", "seeds"]
+    heads = ["method", "accuracy, %"]
+    if not setting.accuracy:
+        heads = ["method", "perplexity", f"of {setting.deep}", f"of {setting.rival}"]
+    heads += ["gap closed", "parameters", "state, MB", "s/step", "learning rate", "seeds"]
     hops = [name for name in next(iter(groups.values()))[0] if name.startswith("test_accuracy_k")]
     heads += [name.removeprefix("test_accuracy_") for name in hops]
     ordered = sorted(groups, key=lambda name: mean_figure(groups[name], setting))
@@ -101,13 +101,15 @@ def _table(setting: Setting, groups: Groups) -> str:
 
 def _cells(name: str, setting: Setting, groups: Groups, hops: Sequence[str]) -> list[str]:
     rows = groups[name]
-    values = [figure(r, setting) for r in rows]
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(rows) > 1 else ""
     closed = gap_closed(groups, setting, name)
+    if setting.accuracy:
+        compared = [_mean_and_spread([100 * r["test_accuracy"] for r in rows], digits=2)]
+    else:
+        compared = [_mean_and_spread([r["test_perplexity"] for r in rows], digits=4)]
+        compared += [_share(ratio(groups, setting, name, x)) for x in (setting.deep, setting.rival)]
     return [
         name,
-        f"{statistics.fmean(values):.4f}{deviation}",
-        *(_share(ratio(groups, setting, name, x)) for x in (setting.deep, setting.rival)),
+        *compared,
         "" if closed is None else f"{closed:.0%}",
         f"{mean(rows, 'trainable_parameters_mean'):,.0f}",
         f"{mean(rows, 'model_state_bytes_mean') / 1e6:.2f}",
@@ -116,6 +118,12 @@ def _cells(name: str, setting: Setting, groups: Groups, hops: Sequence[str]) -> 
         str(len(rows)),
         *(f"{100 * mean(rows, hop):.1f}" for hop in hops),
     ]
+
+
+def _mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the standard deviation over seeds where there are several."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def _share(value: float | None) -> str:

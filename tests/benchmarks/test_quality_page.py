@@ -107,7 +107,7 @@ def test_the_page_has_a_table_with_spread_and_three_pictures(rows, tmp_path):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
 
 
-def test_accuracies_are_compared_as_errors(tmp_path):
+def test_accuracies_are_given_in_per_cent(tmp_path):
     hops = {f"test_accuracy_k{k}": 0.5 for k in (1, 2)}
     rows = [
         row(name, 2.0, setting="khop", test_accuracy=accuracy, **hops)
@@ -115,7 +115,8 @@ def test_accuracies_are_compared_as_errors(tmp_path):
     ]
     write_page(rows, tmp_path)
     page = (tmp_path / "quality.md").read_text(encoding="utf-8")
-    assert "2.000 times the error of `plain-6`" in page
+    assert "`mixture-2` is right in 98.0 % (50.0 with 2 hops)" in page
+    assert "`plain-6`, which is right in 99.0 % (50.0 with 2 hops)" in page
     assert "| 50.0 |" in page
 
 
