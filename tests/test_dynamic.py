@@ -297,7 +297,7 @@ def test_the_bandit_brings_start_scaling_rewards_and_settling():
     model = gpt2(6)
     before = weights_before(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tying = DynamicTying(model, optimizer, total_steps=40, every=2)
+    tying = DynamicTying(model, optimizer, "bandit", total_steps=40, every=2)
     assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
     for layer, num_uses in ((0, 1), (1, 4), (5, 1)):
         name = f"transformer.h.{layer}.mlp.c_proj.weight"
@@ -321,24 +321,24 @@ def test_the_bandit_brings_start_scaling_rewards_and_settling():
 def test_weights_that_are_gone_on_with_are_not_divided(initial):
     model = gpt2(6)
     before = weights_before(model)
-    DynamicTying(model, None, total_steps=40, every=2, initial=initial)
+    DynamicTying(model, None, "bandit", total_steps=40, every=2, initial=initial)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_model_whose_residual_outputs_are_unknown_names_them():
     model = Plain()
     with pytest.raises(InputError, match=r"residual_outputs names the modules .* out of norm, att"):
-        DynamicTying(model, None, total_steps=100)
+        DynamicTying(model, None)
     assert len({id(p) for p in model.blocks.parameters()}) == 6 * len(
         list(model.blocks[0].parameters())
     )
     outputs = ["attention", "feed_forward.1"]
-    tying = DynamicTying(model, None, total_steps=100, residual_outputs=outputs)
-    assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
+    tying = DynamicTying(model, None, residual_outputs=outputs)
+    assert tying.tying == Tying((0, 1, 0, 1, 0, 1))
 
 
 def test_a_policy_that_learns_from_losses_asks_for_them():
-    tying = DynamicTying(gpt2(), None, total_steps=100)
+    tying = DynamicTying(gpt2(), None, "bandit", total_steps=100)
     with pytest.raises(
         InputError, match=r"Bandit learns from the training losses: call step\(loss\)"
     ):
@@ -371,3 +371,23 @@ def test_a_mixture_learns_by_gradient_and_never_decides():
         tying.layers.verify()
     moved = [vector for vector in tying.layers.mixtures if set(vector.tolist()) != {0.0, 1.0}]
     assert len(moved) == 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_independent": 1}, "two independent layers or more.* bandit, dqn and random"),
+        ({"initial": "all"}, "two independent layers or more"),
+        ({"scheduled": True}, "make the scheduler afterwards"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_before_anything_changes(options, says):
+    model = gpt2()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    if options.pop("scheduled", False):
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(InputError, match=says):
+        DynamicTying(model, optimizer, **options)
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+    assert len(optimizer.param_groups) == 1

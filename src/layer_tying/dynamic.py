@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.layers import Layers
+from layer_tying.core.mixtures import check_mixable, refuse_schedulers
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import Options, TiedLayers
@@ -63,7 +64,7 @@ class DynamicTying:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None,
-        policy: str | Policy = "bandit",
+        policy: str | Policy = "mixture",
         total_steps: int | None = None,
         *,
         every: int = 50,
@@ -80,6 +81,8 @@ class DynamicTying:
             options.setdefault("residual_outputs", _known_residual_outputs(model))
         distributed.check_in_sync(model, distributed.START_ALIKE)
         layers = TiedLayers(model, optimizer, **options)
+        if policy.mixes and not layers.mixtures:
+            refuse_schedulers(layers.optimizers)
         outputs = options.get("residual_outputs")
         self._begin(
             layers,
@@ -141,6 +144,8 @@ class DynamicTying:
         self._losses: list[Tensor] = []  # of the steps since the last decision
         start = self._start(initial)
         self.rules.check(start)
+        if policy.mixes:
+            check_mixable(layers.stack, start)
         policy.reset(start, self.rules, num_decisions)
         divides = initial is None and policy.divides_initial_weights
         outputs: Sequence[str] = ()

@@ -68,7 +68,7 @@ def test_the_published_command_line(here):
     given = {"bptt": 16, "batch_size": 4, "eval_batch_size": 4, "dataset": "text.txt"}
     given |= {"nlayers": 3, "lr": 0.001, "emsize": 16, "nhead": 2, "exp": "x", "epochs": 1}
     assert {key: config[key] for key in given} == given
-    assert config["policy"] == "bandit"
+    assert config["policy"] == "mixture"
     steps = json.loads((here / "runs/x/summary.json").read_text())["steps"]
     num_bytes = len((here / "text.txt").read_bytes())
     assert steps == pytest.approx(0.9 * num_bytes / 16 / 4, abs=2)
@@ -108,6 +108,8 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
         "source": {"policy": "fixed"},
         "permute": {"policy": "recorded", "source": "runs/a"},
         "activate_at": {"policy": "all"},
+        "layer_price": {"policy": "bandit"},
+        "sharing": {"policy": "dqn"},
     }
     values = {
         **{"policy": "dqn", "owners": "0,0", "source": "runs/a", "activate_at": 0.5},
@@ -238,8 +240,8 @@ def test_what_is_compared_without_a_choice(here, monkeypatch):
         "train_all",
         lambda jobs, **_: {job.name: Ended(asked.setdefault(job.name, 3)) for job in jobs},
     )
-    assert main(["compare", "--layer-price", "0.1"]) == 3  # a price is the bandit's only
-    assert list(asked) == ["none", "dqn", "bandit"]
+    assert main(["compare", "--residual-scaling", "0.5"]) == 3  # it is not of none and dqn
+    assert list(asked) == ["none", "dqn", "mixture"]
 
 
 # How it ends
@@ -329,8 +331,14 @@ WRONG = {
     "heads": (("train", "--emsize", "30", "--nhead", "4"), "30 is not divisible by nhead 4"),
     "one-layer": (("train", "--nlayers", "1"), "nlayers is at least 2, got 1"),
     "k-of-nothing": (("train", "--every", "0"), "every is at least 1, got 0"),
-    "k-too-large": (("train", "--every", "20", "--max-steps", "10"), "every 20 is more than"),
-    "k-over-epochs": (("train", *SMALL, "--every", "999"), "every 999 is more than"),
+    "k-too-large": (
+        ("train", "--policy=dqn", "--every", "20", "--max-steps", "10"),
+        "every 20 is more than",
+    ),
+    "k-over-epochs": (
+        ("train", *SMALL, "--policy=dqn", "--every", "999"),
+        "every 999 is more than",
+    ),
     "negative-rate": (("train", "--lr", "-0.1"), "lr is more than 0, got -0.1"),
     "negative-batch": (("train", "--batch-size", "-4"), "batch_size is at least 1, got -4"),
     "infinite-rate": (("train", "--lr", "inf"), "lr is a finite number"),

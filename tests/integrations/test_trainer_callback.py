@@ -42,6 +42,7 @@ CASES = {
     "accumulation": ({}, {"optim": "sgd", "gradient_accumulation_steps": 2, "bf16": True}),
     "not transformers": ({}, {"make": Plainest}),
     "bandit": ({"policy": "bandit"}, {"make": llama, "gradient_accumulation_steps": 2}),
+    "mixture": ({"policy": "mixture"}, {"warmup_steps": 3, "weight_decay": 0.1}),
 }
 
 
@@ -62,18 +63,50 @@ def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     assert_equal(weights(resumed), weights(whole))
     assert_equal(moments(resumed), moments(whole))
     owners = [entry["tying"] for entry in history(whole) if entry["tying"]]
-    if name == "bandit":
+    if name == "mixture":
+        assert owners == [[0, 1, 0, 1, 0, 1]], "it decides nothing"
+    elif name == "bandit":
         assert len(owners) == 1 + STEPS // 2 // 2, "half of the run is settled"
     else:
         assert len(owners) == STEPS // 2 + 1 and len({tuple(o) for o in owners}) > 3
     kind = "tying_previous_reward" if name == "bandit" else "tying_reward"
     rewards = [entry for entry in history(whole) if entry[kind] is not None]
-    assert bool(rewards) == (name != "random, pretrained")
+    assert bool(rewards) == (name not in ("random, pretrained", "mixture"))
+
+
+def test_the_coefficients_follow_the_schedule_at_their_own_rate(tmp_path):
+    rates = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **at_hand):
+            first, *_, last = at_hand["optimizer"].param_groups
+            rates.append((first["lr"], last["lr"], last["weight_decay"]))
+
+    run = trainer(tmp_path, callback(policy="mixture"), warmup_steps=3, weight_decay=0.1)
+    run.add_callback(Record())
+    run.train()
+    assert len({first for first, *_ in rates}) > STEPS // 2
+    assert [last for _, last, _ in rates] == pytest.approx([5 * first for first, *_ in rates])
+    assert {decay for *_, decay in rates} == {0.0}
+
+
+def test_a_scheduler_without_room_for_the_coefficients_is_refused(tmp_path):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    run = trainer(tmp_path, callback(policy="mixture"), **plateau)
+    with pytest.raises(InputError, match="ReduceLROnPlateau has no place"):
+        run.train()
 
 
 @pytest.mark.numerics
-def test_a_checkpoint_is_a_plain_model_for_anyone_else(tmp_path):
-    run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=10)
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": RandomPolicy(0)}, {"policy": "mixture"}, {"residual_scaling": 1.0}],
+    ids=["tied", "mixed", "scaled"],
+)
+def test_a_checkpoint_is_a_plain_model_for_anyone_else(tmp_path, options):
+    if "residual_scaling" in options:
+        options = options | {"residual_outputs": ["attn.c_proj", "mlp.c_proj"]}
+    run = trainer(tmp_path, callback(**options), max_steps=10)
     run.train()
     loaded, info = transformers.GPT2LMHeadModel.from_pretrained(
         tmp_path / "checkpoint-10", output_loading_info=True
@@ -97,6 +130,23 @@ def test_our_part_of_a_checkpoint_holds_each_weight_once(tmp_path):
     state = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=True)
     assert state["state"] == {}
     assert run.optimizer.state_dict()["state"], "that is how it is saved, not how it is"
+
+
+@pytest.mark.numerics
+def test_the_best_weights_come_back_with_their_mixtures(tmp_path):
+    seen = {}
+
+    class Record(TrainerCallback):
+        def on_save(self, args, state, control, **at_hand):
+            seen[state.global_step] = at_hand["model"].eval()(tokens()).logits.detach()
+
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 3}
+    highest = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(tmp_path, callback(policy="mixture"), max_steps=9, **best, **highest)
+    run.add_callback(Record())
+    run.train()
+    assert run.state.best_global_step == 3
+    assert_close(run.model.eval()(tokens()).logits, seen[run.state.best_global_step])
 
 
 @pytest.mark.numerics
@@ -140,8 +190,9 @@ def test_a_model_that_comes_tied_is_resumed_too(tmp_path):
     assert_equal(weights(resumed), weights(whole))
 
 
-def test_training_once_more_goes_on_from_what_there_is(tmp_path):
-    ours = callback(policy=RandomPolicy(0))
+@pytest.mark.parametrize("policy", ["random", "mixture"])
+def test_training_once_more_goes_on_from_what_there_is(tmp_path, policy):
+    ours = callback(policy=policy)
     run = trainer(tmp_path, ours)
     run.train()
     tying, before = ours.dynamic.tying, {n: w.clone() for n, w in weights(run).items()}

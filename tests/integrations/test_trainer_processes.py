@@ -53,7 +53,7 @@ def assert_followed(ranks: list[Outcome], one: Outcome) -> None:
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize(("policy", "accumulate"), [("dqn", 1), ("bandit", 2)])
+@pytest.mark.parametrize(("policy", "accumulate"), [("dqn", 1), ("bandit", 2), ("mixture", 2)])
 def test_the_trainer_on_two_processes_follows_one(tmp_path, policy, accumulate):
     one = on_one(tmp_path / "one", policy, accumulate)
     ranks = on_ranks(2, run_trainer, tmp_path / "two", None, False, policy, accumulate)

@@ -65,16 +65,20 @@ def usual(**settings) -> dict:
 
 def test_the_default_is_our_agent_on_data_that_are_always_there():
     config = usual()
-    assert (config["policy"], config["dataset"]) == ("bandit", "pydocs")
-    assert config["inherit"] == "majority"
-    assert (config["reward"], config["settle"]) == ("training-loss", 0.5)
-    assert config["shared_init"] == "scaled"
+    assert (config["policy"], config["dataset"]) == ("mixture", "pydocs")
+    assert (config["shared_init"], config["residual_scaling"]) == ("plain", 1.0)
     assert TrainConfig().folder == Path("runs/run")
 
 
 @pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
 def test_nothing_is_scaled_that_is_not_drawn_and_shared(settings):
-    assert usual(**settings)["shared_init"] == "plain"
+    assert usual(policy="bandit", **settings)["shared_init"] == "plain"
+
+
+def test_the_bandit_scales_initial_weights_and_settles():
+    config = usual(policy="bandit")
+    assert (config["inherit"], config["shared_init"]) == ("majority", "scaled")
+    assert (config["reward"], config["settle"]) == ("training-loss", 0.5)
 
 
 def test_the_papers_agent_is_the_papers():
@@ -110,18 +114,18 @@ REFUSED = [
     ({"log_with": "paper"}, "'paper'"),
     ({"emsize": 30, "nhead": 4}, "30"),
     ({"emsize": 6, "nhead": 2, "family": "llama"}, "6"),
-    ({"every": 11, "max_steps": 10}, "11"),
+    ({"every": 11, "max_steps": 10, "policy": "dqn"}, "11"),
     ({"policy": "fixed"}, "--owners"),
     ({"policy": "none", "owners": "0,0"}, "--owners"),
     ({"owners": "0,0", "policy": "fixed", "source": "runs/a"}, "--from"),
     ({"policy": "recorded"}, "--from"),
-    ({"source": "runs/a"}, "bandit"),
+    ({"source": "runs/a"}, "mixture"),
     ({"budget_bytes": 0}, "0"),
     ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
-    ({"shared_init": "scaled", "sharing": "frozen"}, "frozen"),
+    ({"shared_init": "scaled", "sharing": "frozen", "policy": "dqn"}, "frozen"),
     ({"shared_init": "scaled", "policy": "dqn", "initial": "frozen"}, "frozen"),
     ({"shared_init": "scaled", "task": "sst2", "source": "a-run"}, "task"),
-    ({"permute": 0}, "bandit"),
+    ({"permute": 0}, "mixture"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
     *[({"activate_at": 0.5, "policy": policy}, policy) for policy in ("none", "dqn", "random")],
@@ -212,7 +216,7 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
         "permute": ({"policy": "recorded", "source": "runs/a"}, 0),
         "activate_at": ({"policy": "all"}, 0.5),
         "layer_price": ({"policy": "bandit"}, 0.5),
-        "sharing": ({"shared_init": "plain"}, "frozen"),
+        "sharing": ({"policy": "dqn"}, "frozen"),
         "task": ({"task": "rte", "source": "runs/a", "dataset": "glue"}, "cola"),
     }
     if name in pairs:

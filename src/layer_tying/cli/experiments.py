@@ -125,7 +125,7 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
         f"which methods, separated by commas: {', '.join(POLICIES)}; NAME-M for M groups of "
         f"layers; plain-K for a conventional model of K layers"
     )
-    own = [("policies", *option(str, "none,dqn,bandit", which))]
+    own = [("policies", *option(str, "none,dqn,mixture", which))]
     options = _with_settings(arguments, program, help, ("policy", "task"), own)
     jobs = [
         Job(

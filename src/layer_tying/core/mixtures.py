@@ -14,11 +14,11 @@ again in the backward pass. What is stored is M sets and L x M numbers for each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from layer_tying.core.distributed import held_here, is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
@@ -31,6 +31,7 @@ LEARNING_RATE_FACTOR = 5.0
 """How much faster the coefficients learn than the model; measured, see the log."""
 
 FACTOR_KEY = "learning_rate_factor"  # in an optimizer's param_group, for those that set rates
+INITIAL_RATE = "initial_lr"  # in a param_group that a scheduler of torch has seen
 
 
 class Mixtures:
@@ -51,13 +52,8 @@ class Mixtures:
     """
 
     def __init__(self, stack: LayerStack, tying: Tying) -> None:
+        check_mixable(stack, tying)
         owners = tying.independent_layers
-        if len(owners) < 2:
-            raise InputError(
-                f"a mixture needs two independent layers or more, and the tying is {tying}"
-            )
-        if len(set(stack.kinds)) > 1:
-            raise InputError("the layers of this model differ, and a mixture needs equal ones")
         self._stack = stack
         self._owners = owners
         self.coefficients: list[dict[str, nn.Parameter]] = []
@@ -71,8 +67,6 @@ class Mixtures:
                     if stored(slot).ndim > 1
                 }
             )
-        if not self.coefficients[0]:
-            raise InputError(f"{stack.names[0]} has no matrix to mix")
 
     def set_weight_access(self) -> None:
         """Let each layer read its mixtures."""
@@ -92,6 +86,19 @@ class Mixtures:
         }
 
 
+def check_mixable(stack: LayerStack, tying: Tying) -> None:
+    """Raise an InputError if layers with this tying cannot mix their shared weights."""
+    if tying.num_independent < 2:
+        problem = f"a mixture needs two independent layers or more, and the tying is {tying}"
+    elif len(set(stack.kinds)) > 1:
+        problem = "the layers of this model differ, and a mixture needs equal ones"
+    elif all(stored(slot).ndim < 2 for slot in stack.slots[0].values()):
+        problem = f"{stack.names[0]} has no matrix to mix"
+    else:
+        return
+    raise InputError(f"{problem}; the policies bandit, dqn and random do not mix")
+
+
 def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
     """Those that the module has already (of a model that was loaded), or new ones."""
     module, attribute = slot
@@ -105,11 +112,22 @@ def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
     return stored((module, name))
 
 
-def coefficient_group(mixtures: Mixtures, learning_rate: float) -> dict[str, Any]:
-    """An optimizer's ``param_group`` for the coefficients."""
-    return {
+def refuse_schedulers(optimizers: Iterable[Optimizer]) -> None:
+    """Raise an InputError if a scheduler exists, which cannot take one more ``param_group``."""
+    for optimizer in optimizers:
+        if any(INITIAL_RATE in group for group in optimizer.param_groups):
+            raise InputError(
+                "a learning-rate scheduler of this optimizer exists already, and mixtures add a "
+                "param_group to the optimizer: make the scheduler afterwards"
+            )
+
+
+def add_to_optimizer(mixtures: Mixtures, optimizer: Optimizer) -> None:
+    """Give an optimizer the coefficients, in a ``param_group`` of their own."""
+    group = {
         "params": list(mixtures),
-        "lr": LEARNING_RATE_FACTOR * learning_rate,
+        "lr": LEARNING_RATE_FACTOR * optimizer.param_groups[0]["lr"],
         "weight_decay": 0.0,
         FACTOR_KEY: LEARNING_RATE_FACTOR,
     }
+    optimizer.add_param_group(group)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from layer_tying.core.distributed import held_here
 from layer_tying.core.find import LayerStack, find_layers
-from layer_tying.core.mixtures import Mixtures, coefficient_group
+from layer_tying.core.mixtures import Mixtures, add_to_optimizer, refuse_schedulers
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
@@ -167,14 +167,15 @@ class TiedLayers:
         a higher learning rate (see ``Mixtures``). Schedulers of learning rates are made later.
 
         Raises:
-            InputError: if there are fewer than two independent layers, or the layers differ.
+            InputError: if there are fewer than two independent layers, or the layers differ, or the
+                optimizer has a scheduler of learning rates already.
         """
         if self.mixtures is None:
             refuse_sharded(self.stack.model)
+            refuse_schedulers(self.optimizers[:1])
             self.mixtures = Mixtures(self.stack, self.tying)
             for optimizer in self.optimizers[:1]:
-                rate = optimizer.param_groups[0]["lr"]
-                optimizer.add_param_group(coefficient_group(self.mixtures, rate))
+                add_to_optimizer(self.mixtures, optimizer)
             self.settings = self.settings.but(mixes=True)
             self._set_weight_access()
             remember_settings(self.stack.model, self.settings)

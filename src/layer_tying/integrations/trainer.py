@@ -34,9 +34,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from layer_tying.core import distributed
 from layer_tying.core.averaging import are_layers_left_to_us, leave_layers_to_us
-from layer_tying.core.find import find_layers
+from layer_tying.core.find import MIXTURE, LayerStack, find_layers
+from layer_tying.core.weight_access import weights_as_read
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
+from layer_tying.integrations.schedule import joining
 from layer_tying.policies import make_policy
 from layer_tying.policies.base import Policy
 from layer_tying.saving import checkpoint
@@ -73,7 +75,7 @@ class DynamicTyingCallback(TrainerCallback):
 
     def __init__(
         self,
-        policy: str | Policy = "bandit",
+        policy: str | Policy = "mixture",
         *,
         every: int = 50,
         reward: Literal["batch", "eval_loss"] = "batch",
@@ -110,8 +112,14 @@ class DynamicTyingCallback(TrainerCallback):
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         saved = _saved_with(args, state)
         if saved:
-            self._options["initial"], self._run = saved.tying, saved.facts["run"]
-        self.dynamic = DynamicTying(model, optimizer, total_steps=state.max_steps, **self._options)
+            self._options |= _as_saved(saved)
+            self._run = saved.facts["run"]
+        make = partial(DynamicTying, model, optimizer, total_steps=state.max_steps, **self._options)
+        if self._options["policy"].mixes:
+            with joining(optimizer, at_hand["lr_scheduler"]):
+                self.dynamic = make()
+        else:
+            self.dynamic = make()
         self._options["initial"] = "keep"  # if the Trainer trains once more
         if saved:
             training = saved.training_state()
@@ -189,9 +197,10 @@ class DynamicTyingCallback(TrainerCallback):
         assert self.dynamic
         for hook in self._hooks:
             hook.remove()
-        names = tuple(f"{name}." for name in self.dynamic.layers.stack.names)
         self._hooks = [
-            model.register_state_dict_post_hook(partial(_give_each_layer_its_own, names)),
+            model.register_state_dict_post_hook(
+                partial(_give_each_layer_its_own, self.dynamic.layers.stack)
+            ),
             optimizer.register_state_dict_post_hook(partial(_leave_out_state, sizes)),
         ]
         if self.dynamic.policy.reward == "training_loss":
@@ -266,6 +275,12 @@ def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Chec
     )
 
 
+def _as_saved(saved: checkpoint.Checkpoint) -> dict[str, Any]:
+    """The options that the policy chose when the run began."""
+    names = ("residual_scaling", "residual_outputs")
+    return {"initial": saved.tying, **{name: getattr(saved.settings, name) for name in names}}
+
+
 def _batch_reward(
     args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader[Any]
 ) -> float:
@@ -298,24 +313,24 @@ def _log_entry(decision: Decision) -> dict[str, Any]:
 
 
 def _give_each_layer_its_own(
-    layers: tuple[str, ...], _: nn.Module, state: dict[str, Any], prefix: str, __: Any
+    stack: LayerStack, _: nn.Module, state: dict[str, Any], prefix: str, __: Any
 ) -> None:
-    """Put copies in a state dict for the weights that a layer shares, as who saves it wants."""
+    """Put in a state dict what each layer computes with, as who saves a plain model wants."""
+    if any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
+        return  # who asks for parameters wants to see which are shared
     seen: set[int] = set()
-    for name, tensor in state.items():
-        if not name.removeprefix(prefix).startswith(layers) or isinstance(tensor, nn.Parameter):
-            continue  # who asks for parameters wants to see which are shared
-        if isinstance(tensor, Tensor) and tensor.data_ptr() in seen:
-            state[name] = tensor.clone()
-        elif isinstance(tensor, Tensor):
-            seen.add(tensor.data_ptr())
+    for name, weight in weights_as_read(stack).items():
+        state[prefix + name] = weight.clone() if weight.data_ptr() in seen else weight
+        seen.add(weight.data_ptr())
+    for name in [name for name in state if name.endswith(MIXTURE)]:
+        del state[name]
 
 
 def _leave_out_state(sizes: list[int], _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """The state of an optimizer as it was made, so that one made alike can load it."""
     groups = []
     start = 0
-    for size, group in zip(sizes, state["param_groups"], strict=True):
+    for size, group in zip(sizes, state["param_groups"], strict=False):  # less coefficients
         kept = {key: value for key, value in group.items() if key != "param_names"}
         groups.append({**kept, "params": list(range(start, start + size))})
         start += size

@@ -35,8 +35,9 @@ class TyingConfig:
         InputError: if a value is out of its range, or two values contradict each other.
     """
 
-    policy: PolicyName = "bandit"
-    """who decides which layers are tied; dqn is the paper's agent"""
+    policy: PolicyName = "mixture"
+    """who decides which layers are tied; mixture learns combinations of a few shared sets of
+    weights, dqn is the paper's agent"""
     every: int = 50
     """k, the optimizer steps between decisions"""
     groups: int | None = None
@@ -104,7 +105,7 @@ class TyingConfig:
         if self.freezes and (self.residual_scaling or self.policy == "mixture"):
             raise InputError(
                 "residual scaling and mixtures are of shared weights: they do not go with frozen "
-                "layers"
+                "layers; choose another policy, such as dqn"
             )
         if self.shared_init == "scaled" and self.freezes:
             raise InputError(
