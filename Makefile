@@ -67,7 +67,10 @@ bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
 bench-compress: $(VENV)/.test ## a trained model made smaller, by compress and its rivals: hours, resumes
 	$(BIN)/python benchmarks/compress.py
 
-paper-small: $(VENV)/.test ## every row of the paper at small scale: half an hour on 2 free cores, resumes
+bench-agent: $(VENV)/.test ## the paper's agent against random changes and its start: an hour, resumes
+	$(BIN)/python benchmarks/agent.py
+
+paper-small: $(VENV)/.test ## every row of the paper at small scale: hours, resumes
 	$(BIN)/python benchmarks/paper.py
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -87,4 +90,4 @@ $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-scaling bench-quality bench-compress
+.PHONY: paper-small docs help demo test test-slow test-weak test-oldest check bench-memory bench-speed bench-alternatives bench-scaling bench-quality bench-compress bench-agent

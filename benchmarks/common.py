@@ -9,9 +9,10 @@ import importlib.metadata
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,20 @@ def random_tying(num_layers: int, num_independent: int, seed: int) -> Tying:
     )
 
 
-def arguments(doc: str | None, name: str, **choices: Iterable[str]) -> argparse.Namespace:
+def arguments(
+    doc: str | None, name: str, folder: str | None = None, **choices: Iterable[str]
+) -> argparse.Namespace:
     """The command line of a benchmark.
 
     Args:
         doc: its docstring.
         name: of the file of its results.
+        folder: what the folder holds that has to be named, if one has.
         choices: options that name what to measure, each with all there is; all by default.
     """
     parser = argparse.ArgumentParser(description=(doc or name).splitlines()[0])
+    if folder:
+        parser.add_argument("folder", type=Path, help=folder)
     parser.add_argument("--quick", action="store_true", help="small models, into runs/quick")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/{name}")
@@ -202,6 +208,12 @@ def full_environment() -> dict[str, Any]:
         "versions": found["versions"] | versions,
         "hardware": found["hardware"] | {"processor": processor()},
     }
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the standard deviation over seeds where there are several."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def run_case_or(main: Callable[[], None], measure: Callable[[Case], Case]) -> None:

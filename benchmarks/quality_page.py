@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import mean_and_spread
 from quality_opening import what_holds
 from quality_pictures import draw_against, draw_over_time, draw_panels
 from quality_rows import (
@@ -103,9 +103,9 @@ def _cells(name: str, setting: Setting, groups: Groups, hops: Sequence[str]) -> 
     rows = groups[name]
     closed = gap_closed(groups, setting, name)
     if setting.accuracy:
-        compared = [_mean_and_spread([100 * r["test_accuracy"] for r in rows], digits=2)]
+        compared = [mean_and_spread([100 * r["test_accuracy"] for r in rows], digits=2)]
     else:
-        compared = [_mean_and_spread([r["test_perplexity"] for r in rows], digits=4)]
+        compared = [mean_and_spread([r["test_perplexity"] for r in rows], digits=4)]
         compared += [_share(ratio(groups, setting, name, x)) for x in (setting.deep, setting.rival)]
     return [
         name,
@@ -118,12 +118,6 @@ def _cells(name: str, setting: Setting, groups: Groups, hops: Sequence[str]) -> 
         str(len(rows)),
         *(f"{100 * mean(rows, hop):.1f}" for hop in hops),
     ]
-
-
-def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and the standard deviation over seeds where there are several."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def _share(value: float | None) -> str:
