@@ -54,8 +54,8 @@ def write_page(results: Path) -> Path:
         _answer(groups),
         _table(groups),
         "![Training loss of four methods above that of the start](images/agent.png)",
-        f"How far the training loss is above that of the start, in nats: means over {WINDOW * 50} steps, "
-        f"and the range over the seeds.",
+        f"How far the training loss is above that of the start, in nats: means over "
+        f"{WINDOW * 50} steps, and the range over the seeds.",
         "## How it was measured",
         HOW,
     ]
