@@ -1,6 +1,7 @@
 """Runs on many processes: they follow a run on one, stop together, and go on on any number."""
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -165,6 +166,12 @@ def test_memory_does_not_grow_over_transitions():
         assert before == after
 
 
+TRAINER = """
+import sys, pathlib
+sys.path.append(sys.argv[1])
+from tiny_trainer import callback, trainer
+trainer(pathlib.Path(sys.argv[2]), callback(), per_device_train_batch_size=2).train()
+"""
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port"],
     "accelerate": [
@@ -197,11 +204,25 @@ def test_the_command_runs_under_a_launcher(tmp_path, launcher, parallel):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_trainer_runs_under_a_launcher(tmp_path, launcher):
+    script = tmp_path / "script.py"
+    script.write_text(TRAINER)
+    out = tmp_path / "out"
+    ended = launch(launcher, [str(script), str(Path(__file__).parents[1]), str(out)])
+    assert ended.returncode == 0, ended.stderr
+    log = json.loads((out / "checkpoint-10" / "trainer_state.json").read_text())["log_history"]
+    owners = [entry["tying"] for entry in log if "tying" in entry]
+    assert len(owners) == 1 + 5 and len({str(each) for each in owners}) > 2
+    assert (out / "checkpoint-10" / "layer_tying" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_torchrun_says_which_rank_died(tmp_path):
     write_text(tmp_path)
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
+        "import sys, pathlib; sys.path += [sys.argv[1], sys.argv[1] + '/core']\n"
         "import torch.distributed as dist, test_many_processes as tests\n"
         "dist.init_process_group('gloo')\n"
         "tests.die_on_rank_1(tests.small(pathlib.Path(sys.argv[2])))\n"

@@ -18,7 +18,7 @@ Outcome = tuple[list[dict], dict[str, torch.Tensor], dict]
 
 
 def run_trainer(
-    folder: Path, stop_at: int | None, resume: bool, policy: str, accumulate: int
+    folder: Path, stop_at: int | None, resume: bool, policy: str, accumulate: int, **changes: int
 ) -> Outcome:
     logging.disable(logging.WARNING)  # that random states are of another number of processes
     shares = distributed.world_size() * accumulate
@@ -30,6 +30,7 @@ def run_trainer(
         per_device_train_batch_size=GLOBAL_BATCH // shares,
         gradient_accumulation_steps=accumulate,
         ddp_backend="gloo",
+        **changes,
     )
     run.train(resume_from_checkpoint=resume or None)
     state = {name: dict(each) for name, each in moments(run).items()}
@@ -58,6 +59,20 @@ def test_the_trainer_on_two_processes_follows_one(tmp_path, policy, accumulate):
     one = on_one(tmp_path / "one", policy, accumulate)
     ranks = on_ranks(2, run_trainer, tmp_path / "two", None, False, policy, accumulate)
     assert_followed(ranks, one)
+
+
+def run_200_transitions(folder: Path) -> Outcome:
+    rare = {"max_steps": 400, "save_steps": 400, "eval_steps": 400}
+    return run_trainer(folder, None, False, "random", 1, **rare)
+
+
+@pytest.mark.slow
+@pytest.mark.numerics
+def test_the_trainer_follows_through_200_transitions(tmp_path):
+    (one,) = on_ranks(1, run_200_transitions, tmp_path / "one")
+    assert len([entry for entry in one[0] if entry["tying"]]) == 1 + 200
+    for world in (2, 4):
+        assert_followed(on_ranks(world, run_200_transitions, tmp_path / str(world)), one)
 
 
 @pytest.mark.numerics

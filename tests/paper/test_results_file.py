@@ -21,7 +21,7 @@ def finish(folder: Path, **changes) -> None:
     config = {
         "model": {"nlayers": 2},
         "data": {"data_dir": "/here"},
-        "max_steps": 600,
+        "max_steps": 10_000,
         "settled": [],
     } | changes
     summary = {"seed": 0, "versions": {"torch": "2"}, "hardware": {"device": "cpu"}, "steps": 4}
@@ -33,25 +33,34 @@ def finish(folder: Path, **changes) -> None:
 
 def test_a_finished_row_is_written_with_what_it_takes_to_repeat_it(rows):
     finish(rows[ROW].folder)
-    (entry,) = results_of(rows, {}, "small")["rows"]
+    (entry,) = results_of({0: rows}, {}, "small")["rows"]
     assert entry["row"] == ROW and entry["summary"]["steps"] == 4
     assert entry["command"] == f"OMP_NUM_THREADS=1 layer-tying recipe {ROW} --scale small"
-    assert entry["config"] == {"nlayers": 2, "max_steps": 600}, "flat, and no place of this machine"
+    assert entry["config"] == {"nlayers": 2, "max_steps": 10_000}, (
+        "flat, and no place of this machine"
+    )
     assert entry["hardware"].keys() == {"device", "processor"}
+
+
+def test_another_seeds_row_is_repeated_with_that_seed(tmp_path):
+    third = recipes("small", str(tmp_path / "runs"), 2)
+    finish(third[ROW].folder)
+    (entry,) = results_of({0: recipes("small"), 2: third}, {}, "small")["rows"]
+    assert entry["seed"] == 2 and entry["command"].endswith(f"{ROW} --scale small --seed 2")
 
 
 def test_a_row_that_was_cut_short_says_so(rows):
     finish(rows[ROW].folder, max_steps=4)
-    (entry,) = results_of(rows, {}, "small")["rows"]
+    (entry,) = results_of({0: rows}, {}, "small")["rows"]
     assert entry["command"].endswith(" --max-steps 4")
 
 
 def test_reasons_are_kept_until_a_row_is_done(rows, tmp_path):
     reasons = {ROW: "no data", "vit-cifar10-dynamic": "no images"}
-    write_results(tmp_path / "out.json", results_of(rows, reasons, "small"))
+    write_results(tmp_path / "out.json", results_of({0: rows}, reasons, "small"))
     assert reasons_so_far(tmp_path / "out.json") == reasons
     finish(rows[ROW].folder)
-    assert results_of(rows, reasons, "small")["not_run"].keys() == {"vit-cifar10-dynamic"}
+    assert results_of({0: rows}, reasons, "small")["not_run"].keys() == {"vit-cifar10-dynamic"}
     assert reasons_so_far(tmp_path / "none.json") == {}
 
 

@@ -29,7 +29,9 @@ def test_every_row_is_there_under_its_name(scale):
     assert {str(row.folder.parent) for row in rows.values()} == {f"runs/{scale}"}
     pairs = ["gpt2-wiki2", "gpt2-wiki103", "gpt2-lambada", "gpt2-1b", "bert-wiki2", "vit-cifar10"]
     expected = [f"{pair}-{side}" for pair in pairs for side in ("conventional", "dynamic")]
-    expected += [f"gpt2-wiki2-{name}" for name in ("final", "permuted", "frozen", "retrained")]
+    expected += [f"{pair}-shallow" for pair in pairs if pair.startswith("gpt2")]
+    ablations = ("final", "permuted", "frozen", "retrained")
+    expected += [f"gpt2-wiki2-{name}" for name in (*ablations, "random", "cycle", "mixture")]
     for task in ("sst2", "cola", "qnli", "mrpc", "rte"):
         expected += [f"glue-{task}-{tying}" for tying in ("keep", "dynamic", "none")]
     assert sorted(rows) == sorted(expected)
@@ -43,6 +45,25 @@ def test_a_pair_differs_in_its_policy_only(scale):
             conventional = rows[name.replace("dynamic", "conventional")]
             assert differences(conventional, rows[name]) == {"policy", "exp"}
             assert (conventional.tying.policy, rows[name].tying.policy) == ("none", "dqn")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_depth_is_worth_is_measured_by_a_quarter_of_the_layers(scale):
+    rows = recipes(scale)
+    for name, row in rows.items():
+        if name.endswith("-shallow"):
+            conventional = rows[name.replace("shallow", "conventional")]
+            assert differences(conventional, row) == {"nlayers", "exp"}
+            assert 4 * row.model.nlayers == conventional.model.nlayers
+    assert rows["gpt2-wiki2-cycle"].tying.groups == rows["gpt2-wiki2-shallow"].model.nlayers
+
+
+def test_another_seed_is_another_folder_and_nothing_else():
+    for name, row in recipes("small", seed=2).items():
+        first = recipes("small")[name]
+        taken_over = {"source"} if row.tying.source else set()
+        assert differences(first, row) == {"seed", "output_dir"} | taken_over
+        assert (first.seed + 2, "runs/small-2") == (row.seed, row.logging.output_dir)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -80,7 +101,8 @@ def test_the_papers_scale_is_the_papers():
     for name, row in recipes("paper").items():
         if row.model.family == "gpt2":
             shape = (row.model.nlayers, row.model.emsize, row.model.nhead)
-            assert shape == (48, 1600, 25), name
+            depth = 12 if name.endswith("shallow") else 48
+            assert shape == (depth, 1600, 25), name
             assert row.data.tokenizer == "gpt2"
 
 

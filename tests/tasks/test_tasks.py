@@ -96,11 +96,18 @@ def test_perplexity_is_given_per_token_per_word_and_as_bits_per_byte(data):
     assert scores["word_perplexity"] == pytest.approx(per_word, rel=1e-9)
 
 
-def test_a_masked_model_has_no_bits_per_byte(data):
-    task = task_of(config_of(data, dataset="wiki2", family="bert"))
-    scores = task.scores(model_of(task), "validation", max_batches=1)
-    assert scores.keys() == {"loss", "perplexity"}
-    assert task.scores(model_of(task), "validation", max_batches=1) == scores
+def test_a_masked_model_is_scored_by_its_guesses_and_not_by_bytes(data):
+    task = task_of(config_of(data, dataset="wiki2", family="bert", eval_batch_size=4))
+    model = model_of(task)
+    scores = task.scores(model, "validation", max_batches=2)
+    assert scores.keys() == {"loss", "perplexity", "masked_accuracy"}
+    assert task.scores(model, "validation", max_batches=2) == scores
+    inputs, labels = (part[:8] for part in task._windows["validation"])
+    with torch.no_grad():
+        best = model(input_ids=torch.from_numpy(inputs)).logits.argmax(-1).numpy()
+    hits = (best == labels)[labels >= 0]
+    assert 0 < len(hits) < labels.size
+    assert scores["masked_accuracy"] == pytest.approx(hits.mean())
 
 
 def test_lambada_is_scored_by_its_last_words_too(data):
