@@ -6,10 +6,9 @@ and docs/results.md are written anew, so that what was done counts when it is st
 lets the running rows save).
 
     python benchmarks/paper.py
-    python benchmarks/paper.py --rows gpt2-wiki2-conventional gpt2-wiki2-dynamic
+    python benchmarks/paper.py --rows gpt2-wiki2-conventional gpt2-wiki2-dynamic --seeds 0
 
-A row takes one to three minutes on a CPU thread that nothing else is using: all 31 take about half
-an hour on two such cores, an hour on one.
+A language model takes about ten minutes on a CPU thread that nothing else is using.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from paper_pictures import draw_pictures
 
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
@@ -37,13 +38,12 @@ SCALE = "small"
 MOST_PROCESSES = 2
 INTERRUPTED = 130  # exit code
 REPOSITORY = Path(__file__).resolve().parent.parent
-Rows = dict[str, TrainConfig]
+Rows = dict[int, dict[str, TrainConfig]]  # of each seed, by name
 
 
 def main() -> int:
     options = arguments()
-    rows = recipes(SCALE, options.output_dir)
-    asked = {name: as_asked(row, options.data_dir, options.max_steps) for name, row in rows.items()}
+    rows = {seed: recipes(SCALE, folder_of(options, seed), seed) for seed in options.seeds}
     reasons = reasons_so_far(options.results)
 
     def on_end(job: Job, ended: Ended) -> None:
@@ -55,10 +55,15 @@ def main() -> int:
         write(rows, reasons, options)
 
     try:
-        jobs = jobs_of(asked, options.rows or list(rows))
-        print(f"{len(jobs)} rows, {sum(is_done(job.config) for job in jobs)} of them done")
+        for seed, of_seed in rows.items():
+            asked = {
+                n: as_asked(r, options.data_dir, options.max_steps) for n, r in of_seed.items()
+            }
+            jobs = jobs_of(asked, options.rows or list(asked))
+            done = sum(is_done(job.config) for job in jobs)
+            print(f"seed {seed}: {len(jobs)} rows, {done} of them done", flush=True)
+            train_rows(jobs, options.processes, Path(folder_of(options, seed)), on_end)
         write(rows, reasons, options)
-        train_rows(jobs, options.processes, Path(options.output_dir), on_end)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -67,9 +72,15 @@ def main() -> int:
     return 0
 
 
+def folder_of(options: argparse.Namespace, seed: int) -> str:
+    """Where the runs of a seed lie."""
+    return f"{options.output_dir}-{seed}" if seed else options.output_dir
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output-dir", default=f"runs/{SCALE}", help="where the runs lie")
     parser.add_argument("--data-dir", help="where local data sets lie (else $LAYER_TYING_DATA)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=MOST_PROCESSES)
@@ -86,6 +97,7 @@ def write(rows: Rows, reasons: dict[str, str], options: argparse.Namespace) -> N
     results = results_of(rows, reasons, SCALE)
     write_results(options.results, results)
     write_text_whole(options.page, results_page(results))
+    draw_pictures(rows, options.page.parent / "images")
 
 
 if __name__ == "__main__":

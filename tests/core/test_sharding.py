@@ -34,11 +34,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    name: str, steps: int, checkpointing: bool = False, mixed: bool = False, **options: Any
+    name: str,
+    steps: int,
+    checkpointing: bool = False,
+    mixed: bool = False,
+    in_float64: bool = False,
+    **options: Any,
 ) -> Outcome:
     """The losses, tyings and weights, and the share of the state that this process held."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name]().to(torch.float64 if in_float64 else torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if distributed.world_size() > 1:
@@ -101,7 +106,8 @@ def test_a_sharded_model_gathers_in_the_type_of_autocast():
 @pytest.mark.slow
 @pytest.mark.numerics
 def test_four_processes_follow_through_200_transitions():
-    cases = [{"name": "gpt2", "steps": 200}, {"name": "plain", "steps": 200}]
+    # In float32, what rounding changes in this GPT-2 grows from 1e-7 to 3e-3 in the last 40 steps.
+    cases = [{"name": "gpt2", "steps": 200, "in_float64": True}, {"name": "plain", "steps": 200}]
     assert_followed(4, cases)
 
 

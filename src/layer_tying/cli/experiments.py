@@ -219,14 +219,15 @@ def recipe(arguments: Sequence[str], program: str, help: str) -> int:
             ("name", *positional("NAME", "one of those that --list lists", default="")),
             ("list", *option(bool, False, "list the recipes")),
             ("scale", *option(Literal[SCALES], "small", "the paper's, or one for a CPU")),
-            ("output_dir", *option(str, None, "(default: runs/SCALE)")),
+            ("seed", *option(int, 0, "of the row; what is retrained has the next one")),
+            ("output_dir", *option(str, None, "(default: runs/SCALE, or runs/SCALE-SEED)")),
             ("data_dir", *option(str, None, data_dir)),
             ("max_steps", *option(int, None, few)),
             *GOING_ON,
         ],
     )
     options = _checked(parse(kind, arguments, program, help))
-    rows = recipes(options.scale, options.output_dir)
+    rows = recipes(options.scale, options.output_dir, options.seed)
     if options.list:
         for row, config in rows.items():
             source = config.tying.source

@@ -24,14 +24,24 @@ def is_done(row: TrainConfig) -> bool:
 
 
 def results_of(
-    rows: Mapping[str, TrainConfig], reasons: Mapping[str, str], scale: str
+    rows: Mapping[int, Mapping[str, TrainConfig]], reasons: Mapping[str, str], scale: str
 ) -> dict[str, Any]:
-    """The results so far: every finished row, and why the others that were tried failed."""
-    return {
-        "scale": scale,
-        "rows": [entry(name, row, scale) for name, row in rows.items() if is_done(row)],
-        "not_run": {name: reason for name, reason in reasons.items() if not is_done(rows[name])},
-    }
+    """The results so far: every finished row, and why the others that were tried failed.
+
+    Args:
+        rows: of each seed, by name.
+        reasons: why a row could not be run, by name.
+        scale: of all rows.
+    """
+    done = [
+        entry(name, row, scale, seed)
+        for seed, of_seed in rows.items()
+        for name, row in of_seed.items()
+        if is_done(row)
+    ]
+    names = {each["row"] for each in done}
+    not_run = {name: reason for name, reason in reasons.items() if name not in names}
+    return {"scale": scale, "rows": done, "not_run": not_run}
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
@@ -46,19 +56,21 @@ def reasons_so_far(path: Path) -> dict[str, str]:
     return json.loads(path.read_text(encoding="utf-8"))["not_run"]
 
 
-def entry(name: str, row: TrainConfig, scale: str) -> dict[str, Any]:
+def entry(name: str, row: TrainConfig, scale: str, seed: int) -> dict[str, Any]:
     """A finished row's figures, with all that it takes to measure them again."""
     run = read_run(row.folder)
     summary = dict(run.summary or {})
     settings = {key: value for key, value in run.settings.items() if key not in LEFT_OUT}
     asked = row.optimization.max_steps
     command = f"OMP_NUM_THREADS=1 layer-tying recipe {name} --scale {scale}"
+    if seed:
+        command += f" --seed {seed}"
     if "max_steps" not in run.setting("settled", ()) and settings["max_steps"] != asked:
         command += f" --max-steps {settings['max_steps']}"
     return {
         "row": name,
         "command": command,
-        "seed": summary["seed"],
+        "seed": seed,
         "versions": summary.pop("versions"),
         "hardware": summary.pop("hardware") | {"processor": processor()},
         "config": settings,

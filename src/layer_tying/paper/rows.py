@@ -5,8 +5,9 @@ Scales:
   rate 1e-4, weight decay 0.01 and dropout 0.2 are those of the published code. Heads are GPT-2
   XL's 25, steps, k and all of BERT, ViT and fine-tuning are our choice where a docstring does not
   say otherwise: the paper's sources that we have do not give them.
-- ``small``: 12 layers x 128, a vocabulary of 4,096 and sequences of 128, so that a row takes
-  minutes on one CPU thread. Its figures compare with each other, not with the paper's.
+- ``small``: GPT-2 of 12 layers x 64 on bytes, trained for 28 tokens a parameter, so that depth is
+  worth something and a row takes minutes on one CPU thread. BERT and ViT are 12 layers x 128. Its
+  figures compare with each other, not with the paper's.
 
 A row that starts from another row's run expects it in the same folder, under that row's name.
 """
@@ -22,11 +23,19 @@ from layer_tying.runs.config import SHAPE, TrainConfig
 SCALES = ("small", "paper")
 TYINGS = {"keep": "fixed", "dynamic": "dqn", "none": "none"}  # of fine-tuning -> policy
 POLICY_OF = {"conventional": "none", "dynamic": "dqn"}
+SHALLOW = (
+    "shallow"  # a quarter of the layers, conventionally: what depth is worth is measured by it
+)
+QUARTERS: dict[str, dict[str, Any]] = {  # with the parameters of a quarter of the layers
+    "cycle": {"policy": "cycle", "residual_scaling": 1.0},
+    "mixture": {"policy": "mixture", "residual_scaling": 1.0},
+}
 GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
 BASE: dict[str, dict[str, Any]] = {
     "small": {
-        **{"nlayers": 12, "nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"},
-        **{"batch_size": 8, "lr": 2e-3, "max_steps": 600, "every": 10, "eval_batches": 20},
+        **{"nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "tokenizer": "bytes"},
+        **{"batch_size": 8, "lr": 2e-3, "max_steps": 10_000, "every": 50, "precision": "fp32"},
+        **{"eval_every": 1000, "eval_batches": 20, "save_every": 1000, "log_every": 100},
     },
     "paper": {
         **{"nlayers": 48, "nhead": 25, "emsize": 1600, "bptt": 256, "tokenizer": "gpt2"},
@@ -36,17 +45,20 @@ BASE: dict[str, dict[str, Any]] = {
 }
 
 
-def recipes(scale: str, output_dir: str | None = None) -> dict[str, TrainConfig]:
+def recipes(scale: str, output_dir: str | None = None, seed: int = 0) -> dict[str, TrainConfig]:
     """Every row by its name; a row that starts from another one's run comes after it.
 
     Args:
         scale: ``small`` or ``paper``.
-        output_dir: where the runs lie; ``runs/SCALE`` if None.
+        output_dir: where the runs lie; by default ``runs/SCALE``, or ``runs/SCALE-SEED``.
+        seed: of all rows; that which is retrained has the next one.
     """
-    folder = output_dir or f"runs/{scale}"
+    folder = output_dir or (f"runs/{scale}-{seed}" if seed else f"runs/{scale}")
     sides = tuple(POLICY_OF)
     rows = [
-        *(gpt2(dataset, side, scale, folder) for dataset in GPT2_DATASETS for side in sides),
+        *(gpt2(data, side, scale, folder) for data in GPT2_DATASETS for side in (*sides, SHALLOW)),
+        gpt2("wiki2", "random", scale, folder),
+        *(quarter(name, scale, folder) for name in QUARTERS),
         final_from_the_start(scale, folder),
         retrained(scale, folder),
         permuted(scale, folder),
@@ -55,7 +67,7 @@ def recipes(scale: str, output_dir: str | None = None) -> dict[str, TrainConfig]
         *(vit(side, scale, folder) for side in sides),
         *(glue(task, tying, scale, folder) for task in TASKS for tying in TYINGS),
     ]
-    return {row.logging.exp: row for row in rows}
+    return {row.logging.exp: row.replace(seed=row.seed + seed) for row in rows}
 
 
 def runs_first(config: TrainConfig) -> str | None:
@@ -67,8 +79,21 @@ def runs_first(config: TrainConfig) -> str | None:
 
 
 def gpt2(dataset: str, side: str, scale: str, folder: str) -> TrainConfig:
-    """A language model, conventional or dynamic: two rows for each of the four data sets."""
-    return _row(f"gpt2-{dataset}-{side}", scale, folder, dataset=dataset, policy=POLICY_OF[side])
+    """A language model: conventional, dynamic, or conventional with a quarter of the layers.
+
+    ``random`` is another: random changes, as frequent as the agent's decisions.
+    """
+    changes: dict[str, Any] = {"dataset": dataset, "policy": POLICY_OF.get(side, side)}
+    if side == SHALLOW:
+        changes |= {"policy": "none", "nlayers": max(2, BASE[scale]["nlayers"] // 4)}
+    return _row(f"gpt2-{dataset}-{side}", scale, folder, **changes)
+
+
+def quarter(name: str, scale: str, folder: str) -> TrainConfig:
+    """A rival of the agent's that has the parameters of a quarter of the layers."""
+    groups = max(2, BASE[scale]["nlayers"] // 4)
+    changes = QUARTERS[name] | {"dataset": "wiki2", "groups": groups}
+    return _row(f"gpt2-wiki2-{name}", scale, folder, **changes)
 
 
 def final_from_the_start(scale: str, folder: str) -> TrainConfig:
@@ -103,6 +128,8 @@ def bert(side: str, scale: str, folder: str) -> TrainConfig:
     changes: dict[str, Any] = {"family": "bert", "dataset": "wiki2", "policy": POLICY_OF[side]}
     if scale == "paper":
         changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
+    else:
+        changes |= {"nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"}
     return _row(f"bert-wiki2-{side}", scale, folder, **changes)
 
 
@@ -116,7 +143,7 @@ def vit(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 32, "nhead": 16, "emsize": 1280, "batch_size": 20, "every": 10}
     else:
-        changes |= {"batch_size": 16}
+        changes |= {"nhead": 4, "emsize": 128, "batch_size": 16}
     return _row(f"vit-cifar10-{side}", scale, folder, **changes)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from layer_tying.data.glue import FORMATS
+from layer_tying.paper.gates import GATES, problem, worth_of_depth
 from layer_tying.paper.rows import TYINGS
 from layer_tying.report.markdown import markdown_table
 from layer_tying.tasks.metrics import METRICS
@@ -20,29 +22,122 @@ NAMES = {
     "1b": "One Billion Words",
     "cifar10": "CIFAR-10",
 }
-ABLATIONS = {
+WIKITEXT = "gpt2-wiki2"
+OTHER_TEXTS = {f"gpt2-{name}": NAMES[name] for name in ("wiki103", "lambada", "1b")}
+TRIPLE = {
     "conventional": "conventional",
-    "dynamic": "dynamic",
-    "final": "final architecture from the start",
+    "shallow": "conventional, a quarter of the layers",
+    "dynamic": "the paper's agent",
+}
+RIVALS = {
+    **TRIPLE,
+    "random": "random changes",
+    "final": "the pattern that the agent found, from the start",
     "retrained": "the same, with another seed",
-    "permuted": "recorded decisions, layers permuted",
-    "frozen": "without tying: layers are frozen",
+    "permuted": "the agent's decisions, layers permuted",
+    "frozen": "the agent, layers frozen instead of tied",
+    "cycle": "fixed pattern `cycle`, uses scaled by 1/n",
+    "mixture": "learned mixtures, uses scaled by 1/n",
 }
 
 
+PICTURES = (
+    "![Validation perplexity against tokens](images/results-curves.png)",
+    "![Which layer uses whose weights, over the agent's decisions](images/results-tying.png)",
+    "Above: validation perplexity against tokens, with the standard deviation where a method has "
+    "several seeds. Below: whose weights each layer uses after each decision of the paper's agent; "
+    "a stroke marks an independent layer.",
+)
+
+
 def results_page(results: dict[str, Any]) -> str:
-    """Markdown of all tables that have a row."""
-    rows = {entry["row"]: entry["summary"] for entry in results["rows"]}
+    """Markdown of all comparisons whose conventional side has learned, and why others are absent.
+
+    Args:
+        results: the file of results, see ``paper.results``.
+    """
+    rows = over_seeds(results["rows"])
+    missing = {name: reason for name in GATES if (reason := problem(name, rows))}
+    shown = {name: row for name, row in rows.items() if not name.startswith(tuple(missing))}
     parts = [
         "# Results",
+        *_answer(shown),
+        *_not_shown(missing),
+        *_section("WikiText-2: rivals and ablations", _rivals(shown)),
+        *(PICTURES if f"{WIKITEXT}-dynamic" in shown else ()),
+        *_section("Other texts", _language(shown)),
+        *_section("BERT and ViT", _others(shown)),
+        *_section("GLUE, dev", _glue(shown)),
         *_introduction(results["rows"]),
-        *_section("Language models, conventional and dynamic", _language(rows)),
-        *_section("Ablations, GPT-2 on WikiText-2", _ablations(rows)),
-        *_section("BERT and ViT", _others(rows)),
-        *_section("GLUE, dev", _glue(rows)),
         *_not_run(results["not_run"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def over_seeds(entries: Iterable[dict[str, Any]]) -> dict[str, Summary]:
+    """A summary for each row: means over its seeds, and ``seeds``, ``{key}_deviation``."""
+    seeds: dict[str, list[Summary]] = {}
+    for entry in entries:
+        seeds.setdefault(entry["row"], []).append(entry["summary"])
+    return {row: _mean_summary(summaries) for row, summaries in seeds.items()}
+
+
+def _mean_summary(summaries: Sequence[Summary]) -> Summary:
+    merged: Summary = {**summaries[0], "seeds": len(summaries)}
+    for key in merged:
+        values = [summary[key] for summary in summaries if _is_number(summary.get(key))]
+        if len(values) == len(summaries) > 1:
+            merged[key] = statistics.fmean(values)
+    if len(summaries) > 1:
+        perplexities = [summary["test_perplexity"] for summary in summaries]
+        merged["test_perplexity_deviation"] = statistics.stdev(perplexities)
+    return merged
+
+
+def _answer(rows: dict[str, Summary]) -> list[str]:
+    """What the rows of WikiText-2 say, in a few sentences; the bad news first."""
+    deep, agent = rows.get(f"{WIKITEXT}-conventional"), rows.get(f"{WIKITEXT}-dynamic")
+    if deep is None or agent is None:
+        return []
+    worth = worth_of_depth(WIKITEXT, rows)
+    shallow = rows[f"{WIKITEXT}-shallow"]
+    sentences = [
+        f"On WikiText-2, where all layers beat a quarter of them by {worth:.1%}, the paper's agent "
+        f"has {_ratio(agent, deep, 'test_perplexity'):.3f} times the perplexity of conventional "
+        f"training, with {_ratio(agent, deep, 'trainable_parameters_mean'):.0%} of its trainable "
+        f"parameters on average.",
+        f"A conventional model of a quarter of the layers has "
+        f"{_ratio(shallow, deep, 'test_perplexity'):.3f} times that, with "
+        f"{_ratio(shallow, deep, 'trainable_parameters_mean'):.0%} of the parameters.",
+    ]
+    for side, what in (
+        ("random", "Random changes instead of the agent's have"),
+        ("final", "The pattern that the agent ended with, trained from the start, has"),
+        ("cycle", "The best fixed pattern of a quarter of the layers has"),
+        ("mixture", "Learned mixtures of a quarter of the layers have"),
+    ):
+        if row := rows.get(f"{WIKITEXT}-{side}"):
+            ratio = _ratio(row, deep, "test_perplexity")
+            sentences.append(f"{what} {ratio:.3f} times that.")
+    peak = _ratio(agent, deep, "model_state_bytes_peak")
+    mean = _ratio(agent, deep, "model_state_bytes_mean")
+    sentences.append(
+        f"Over the run, the agent's parameters, gradients and optimizer state take {mean:.0%} of "
+        f"the conventional memory on average and {peak:.0%} at the peak."
+    )
+    return [" ".join(sentences)]
+
+
+def _ratio(row: Summary, conventional: Summary, key: str) -> float:
+    return row[key] / conventional[key]
+
+
+def _not_shown(missing: dict[str, str]) -> list[str]:
+    if not missing:
+        return []
+    lines = [f"- {GATES[name].about}: {reason}." for name, reason in missing.items()]
+    text = "Not shown, because a difference between models that have not learned says nothing:"
+    return [text, "\n".join(lines)]
 
 
 def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -52,21 +147,20 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
     machines = sorted({_machine(entry) for entry in entries})
     seeds = sorted({entry["seed"] for entry in entries})
     return [
-        "No row here shows that depth pays: no plain model of fewer layers was trained next to the "
-        "conventional one. The figures compare ways of training with each other and say nothing "
-        "about what sharing can gain ([quality](quality.md)).",
-        "The rows of the paper at a small scale: 12 layers x 128 instead of 48 x 1,600, a learned "
-        "vocabulary of 4,096, a few hundred steps. They can be compared with each "
-        "other, but not with the paper's. Written by `make paper-small`; the figures are in "
+        "## How it was measured",
+        "The rows of the paper at a small scale: GPT-2 of 12 layers x 64 on bytes, 10,000 steps of "
+        "8 x 64, instead of 48 x 1,600. They can be compared with each other, but not with the "
+        "paper's. Written by `make paper-small`; the figures are in "
         "`benchmarks/results/paper-small.json`, with each row's command and configuration.",
-        f"{len(entries)} rows took {hours:.1f} hours of one thread each, on {'; '.join(machines)}. "
-        f"Seeds: {', '.join(map(str, seeds))}. Each row is one run: differences of a few per cent "
-        f"may be chance.",
-        "Perplexities are of the test split, at the weights that were best on validation. "
-        "*Independent* is the number of independent layers, *trainable* that of trainable "
-        "parameters: mean over training, and at the end. *State* is the peak of parameters, "
-        "gradients and optimizer state. *Of conv.* is the share of the conventional run's on the "
-        "same data: below 100 % is less. For the time of a step see [performance](performance.md).",
+        f"{len(entries)} runs took {hours:.1f} hours of one thread, on {'; '.join(machines)}. "
+        f"Seeds: {', '.join(map(str, seeds))}. Where a row has one seed, differences of a few per "
+        f"cent may be chance.",
+        "Perplexities are of the test split, at the weights that were best on validation, with the "
+        "standard deviation over seeds. *Independent* is the number of independent layers, "
+        "*trainable* that of trainable parameters: mean over training, and at the end. *State* is "
+        "parameters, gradients and optimizer state, mean and peak over the run. *Of conv.* is the "
+        "share of the conventional run's on the same data: below 100 % is less. For the time of a "
+        "step see [performance](performance.md).",
     ]
 
 
@@ -85,10 +179,16 @@ def _section(title: str, table: str) -> list[str]:
 def _number(key: str, digits: int = 2) -> Callable[[Summary, Summary], str]:
     def cell(row: Summary, conventional: Summary) -> str:
         value = row.get(key)
-        is_number = isinstance(value, int | float) and math.isfinite(value)
-        return f"{value:,.{digits}f}" if is_number else "-"
+        if not _is_number(value):
+            return "-"
+        deviation = row.get(f"{key}_deviation")
+        return f"{value:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
 
     return cell
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _scaled(key: str, unit: float, suffix: str) -> Callable[[Summary, Summary], str]:
@@ -97,7 +197,7 @@ def _scaled(key: str, unit: float, suffix: str) -> Callable[[Summary, Summary], 
 
 def _share(key: str) -> Callable[[Summary, Summary], str]:
     def cell(row: Summary, conventional: Summary) -> str:
-        return f"{row[key] / conventional[key]:.0%}" if conventional else "-"
+        return f"{row[key] / conventional[key]:.1%}" if conventional else "-"
 
     return cell
 
@@ -108,12 +208,15 @@ COSTS: tuple[Column, ...] = (
     ("independent, end", _number("independent_layers_end", 0)),
     ("trainable, mean", _scaled("trainable_parameters_mean", 1e6, "M")),
     ("trainable, end", _scaled("trainable_parameters_end", 1e6, "M")),
-    ("state", _scaled("model_state_bytes_peak", 1e6, "MB")),
-    ("state of conv.", _share("model_state_bytes_peak")),
+    ("state, mean", _scaled("model_state_bytes_mean", 1e6, "MB")),
+    ("of conv.", _share("model_state_bytes_mean")),
+    ("state, peak", _scaled("model_state_bytes_peak", 1e6, "MB")),
+    ("of conv.", _share("model_state_bytes_peak")),
+    ("seeds", _number("seeds", 0)),
 )
 # fmt: on
 PERPLEXITY: tuple[Column, ...] = (
-    ("perplexity", _number("test_perplexity")),
+    ("perplexity", _number("test_perplexity", 3)),
     ("of conv.", _share("test_perplexity")),
 )
 TEXT: tuple[Column, ...] = (
@@ -144,26 +247,29 @@ def _pairs(rows: dict[str, Summary], prefix: str, names: dict[str, str]) -> list
 
 
 def _language(rows: dict[str, Summary]) -> str:
-    both = ("conventional", "dynamic")
     lines = [
         line
-        for dataset in ("wiki2", "wiki103", "lambada", "1b")
+        for prefix, dataset in OTHER_TEXTS.items()
         for line in _pairs(
-            rows, f"gpt2-{dataset}", {side: f"{NAMES[dataset]}, {side}" for side in both}
+            rows, prefix, {side: f"{dataset}, {what}" for side, what in TRIPLE.items()}
         )
     ]
     return _table(lines, (*TEXT, ("last word", _number("last_word_accuracy", 3)), *COSTS))
 
 
-def _ablations(rows: dict[str, Summary]) -> str:
-    return _table(_pairs(rows, "gpt2-wiki2", ABLATIONS), (*TEXT, *COSTS))
+def _rivals(rows: dict[str, Summary]) -> str:
+    return _table(_pairs(rows, WIKITEXT, RIVALS), (*TEXT, *COSTS))
 
 
 def _others(rows: dict[str, Summary]) -> str:
     both = ("conventional", "dynamic")
     bert = _pairs(rows, "bert-wiki2", {side: f"BERT, WikiText-2 (masked), {side}" for side in both})
     vit = _pairs(rows, "vit-cifar10", {side: f"ViT, CIFAR-10, {side}" for side in both})
-    return _table([*bert, *vit], (*PERPLEXITY, ("accuracy", _number("accuracy", 3)), *COSTS))
+    accuracies = (
+        ("accuracy", _number("accuracy", 3)),
+        ("masked tokens", _number("masked_accuracy", 3)),
+    )
+    return _table([*bert, *vit], (*PERPLEXITY, *accuracies, *COSTS))
 
 
 def _glue(rows: dict[str, Summary]) -> str:
@@ -174,15 +280,24 @@ def _glue(rows: dict[str, Summary]) -> str:
         if any(found.values()):
             for name in record.metrics:
                 title = METRICS[name].title
-                lines.append((f"{task}, {title}", {t: row.get(name) for t, row in found.items()}))
+                by_tying = {tying: row.get(name) for tying, row in found.items()}
+                if name == "accuracy":
+                    by_tying["majority"] = _majority_share(found.values())
+                lines.append((f"{task}, {title}", by_tying))
             layers = {t: row.get("independent_layers_mean") for t, row in found.items()}
             lines.append((f"{task}, independent layers, mean", layers))
     columns = [
         ("the run's tying kept", _number("keep", 3)),
         ("dynamic", _number("dynamic", 3)),
         ("conventional", _number("none", 3)),
+        ("majority class", _number("majority", 3)),
     ]
     return _table([(name, row, {}) for name, row in lines], columns, first="task")
+
+
+def _majority_share(found: Iterable[Summary]) -> float | None:
+    shares = [row.get("data", {}).get("majority_share") for row in found]
+    return next((share for share in shares if share is not None), None)
 
 
 def _not_run(reasons: dict[str, str]) -> list[str]:

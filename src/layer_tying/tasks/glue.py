@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from layer_tying.data.batches import REWARD_SEED, Stream
 from layer_tying.data.config import DataConfig
-from layer_tying.data.glue import FORMATS, GlueBatches, GlueExamples, encode
+from layer_tying.data.glue import FORMATS, Example, GlueBatches, GlueExamples, encode
 from layer_tying.data.tokenizer import FOLDER, Tokenizer
 from layer_tying.errors import InputError
 from layer_tying.models.build import classifier_config, transformers_config
@@ -92,6 +94,7 @@ class GlueTask:
             "num_train": len(train),
             "validation": f"{len(held)} of the training examples",
             "test": f"dev, {len(examples.dev)} examples",
+            "majority_share": _majority_share(examples.dev),
         }
 
     def loss(self, model: PreTrainedModel, batch: GlueBatch) -> Tensor:
@@ -125,3 +128,8 @@ class GlueTask:
     def _logits(self, model: PreTrainedModel, batch: GlueBatch) -> Tensor:
         inputs = {name: torch.from_numpy(batch[name]).to(model.device) for name in self._inputs}
         return model(**inputs).logits
+
+
+def _majority_share(examples: Sequence[Example]) -> float:
+    """The accuracy of always saying the most frequent label."""
+    return max(Counter(example.label for example in examples).values()) / len(examples)

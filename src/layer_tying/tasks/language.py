@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from layer_tying.tasks.cross_entropy import language_model_loss
 from layer_tying.tasks.evaluation import evaluating, mean_loss, most_likely, of_my_share, slices
 
 METRICS = ("loss", "perplexity")
+MASKED_METRICS = (*METRICS, "masked_accuracy")
 CAUSAL_METRICS = (*METRICS, "bits_per_byte")
 WORD_METRICS = ("word_perplexity",)  # where the text is published split into words
 LAST_WORD_METRICS = ("last_word_accuracy",)  # LAMBADA's
@@ -140,13 +142,29 @@ class LanguageTask:
             loss, num_tokens=len(part.tokens), num_bytes=part.num_bytes, num_words=part.num_words
         )
         if self.masked:
-            return metrics.scores(METRICS, outcome)
+            predicted, masked = self._guesses(model, inputs, labels, batches)
+            outcome = replace(outcome, predicted=predicted, labels=masked)
+            return metrics.scores(MASKED_METRICS, outcome)
         found = metrics.scores(CAUSAL_METRICS, outcome)
         if part.num_words is not None:
             found |= metrics.scores(WORD_METRICS, outcome)
         if self._last_words and split == "test":
             found |= metrics.scores(LAST_WORD_METRICS, self._last_word_outcome(model))
         return found
+
+    def _guesses(
+        self, model: PreTrainedModel, inputs: np.ndarray, labels: np.ndarray, batches: list[slice]
+    ) -> Pair:
+        """The most likely token at each masked place, and the true one."""
+
+        def guessed(rows: slice) -> np.ndarray:
+            found = most_likely(logits_of_tokens(model, torch.from_numpy(inputs[rows])))
+            return found[labels[rows] != IGNORED]
+
+        with evaluating(model):
+            found = distributed.gather_dealt(of_my_share(batches, guessed))
+        used = np.concatenate([labels[rows] for rows in batches])
+        return np.concatenate(found), used[used != IGNORED]
 
     def _last_word_outcome(self, model: PreTrainedModel) -> metrics.Outcome:
         with evaluating(model):

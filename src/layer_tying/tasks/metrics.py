@@ -150,6 +150,7 @@ METRICS: dict[str, Metric] = {
     "bits_per_byte": Metric("bits per byte", _bits_per_byte, is_headline=True),
     "word_perplexity": Metric("perplexity per word", _word_perplexity),
     "last_word_accuracy": _share("last-word accuracy", _accuracy),
+    "masked_accuracy": _share("masked-token accuracy", _accuracy),
     "accuracy": _share("accuracy", _accuracy),
     "matthews_correlation": _share("Matthews correlation", _matthews_correlation),
     "f1": _share("F1", _f1),
