@@ -34,7 +34,7 @@ GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
 BASE: dict[str, dict[str, Any]] = {
     "small": {
         **{"nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "tokenizer": "bytes"},
-        **{"batch_size": 8, "lr": 2e-3, "max_steps": 10_000, "every": 50, "precision": "fp32"},
+        **{"batch_size": 8, "lr": 4e-3, "max_steps": 10_000, "every": 50, "precision": "fp32"},
         **{"eval_every": 1000, "eval_batches": 20, "save_every": 1000, "log_every": 100},
     },
     "paper": {
@@ -129,7 +129,7 @@ def bert(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
     else:
-        changes |= {"nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096"}
+        changes |= {"nhead": 4, "emsize": 128, "bptt": 128, "tokenizer": "bpe:4096", "lr": 2e-3}
     return _row(f"bert-wiki2-{side}", scale, folder, **changes)
 
 
@@ -143,7 +143,7 @@ def vit(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 32, "nhead": 16, "emsize": 1280, "batch_size": 20, "every": 10}
     else:
-        changes |= {"nhead": 4, "emsize": 128, "batch_size": 16}
+        changes |= {"nhead": 4, "emsize": 128, "batch_size": 16, "lr": 2e-3}
     return _row(f"vit-cifar10-{side}", scale, folder, **changes)
 
 

@@ -107,7 +107,7 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
         f"training, with {_ratio(agent, deep, 'trainable_parameters_mean'):.0%} of its trainable "
         f"parameters on average.",
         f"A conventional model of a quarter of the layers has "
-        f"{_ratio(shallow, deep, 'test_perplexity'):.3f} times that, with "
+        f"{_ratio(shallow, deep, 'test_perplexity'):.3f} times the conventional perplexity, with "
         f"{_ratio(shallow, deep, 'trainable_parameters_mean'):.0%} of the parameters.",
     ]
     for side, what in (
@@ -118,7 +118,7 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
     ):
         if row := rows.get(f"{WIKITEXT}-{side}"):
             ratio = _ratio(row, deep, "test_perplexity")
-            sentences.append(f"{what} {ratio:.3f} times that.")
+            sentences.append(f"{what} {ratio:.3f} times the conventional perplexity.")
     peak = _ratio(agent, deep, "model_state_bytes_peak")
     mean = _ratio(agent, deep, "model_state_bytes_mean")
     sentences.append(
@@ -150,7 +150,9 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
         "## How it was measured",
         "The rows of the paper at a small scale: GPT-2 of 12 layers x 64 on bytes, 10,000 steps of "
         "8 x 64, instead of 48 x 1,600. They can be compared with each other, but not with the "
-        "paper's. Written by `make paper-small`; the figures are in "
+        "paper's. The learning rate, 0.004, is the best of 0.002, 0.004 and 0.008 for the "
+        "conventional row on validation (`paper-rates.json`); all rows have it. Written by "
+        "`make paper-small`; the figures are in "
         "`benchmarks/results/paper-small.json`, with each row's command and configuration.",
         f"{len(entries)} runs took {hours:.1f} hours of one thread, on {'; '.join(machines)}. "
         f"Seeds: {', '.join(map(str, seeds))}. Where a row has one seed, differences of a few per "
