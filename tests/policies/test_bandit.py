@@ -248,7 +248,7 @@ def test_a_start_with_a_price_or_with_all_that_the_budget_allows_will_do(start, 
 
 def test_it_asks_for_the_length_of_the_run():
     with pytest.raises(InputError, match=r"DynamicTying\(\.\.\., total_steps=\.\.\.\)"):
-        DynamicTying(gpt2(4), None)
+        DynamicTying(gpt2(4), None, "bandit")
 
 
 @pytest.mark.parametrize(
