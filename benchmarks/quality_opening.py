@@ -30,8 +30,10 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
             (open_ if share <= GATE else closed).append((name, share))
     parts = [_gate(open_, closed)]
     for name, _ in open_:
-        compare = _accuracy if settings[name][0].accuracy else _perplexity
-        parts += [compare(name, *settings[name]), _time(name, *settings[name])]
+        if settings[name][0].accuracy:  # the perplexity of a task that is solved has no meaning
+            parts.append(_accuracy(name, *settings[name]))
+        else:
+            parts += [_perplexity(name, *settings[name]), _time(name, *settings[name])]
     return "\n".join(f"- {part}" for part in parts if part)
 
 
