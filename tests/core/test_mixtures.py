@@ -29,7 +29,7 @@ def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, TiedLayers, nn.Mod
         for vector in layers.mix():
             vector.copy_(torch.randn(2))
     state = {n: p for n, p in model.state_dict().items() if not n.endswith("_mixture")}
-    untied.load_state_dict(state | weights_as_read(layers.stack))
+    untied.load_state_dict(state | dict(weights_as_read(layers.stack)))
     return model, layers, untied
 
 
@@ -190,5 +190,5 @@ def test_mixtures_go_with_residual_scaling_and_both_are_exported():
         for vector in layers.mix():
             vector.add_(torch.randn(2))
     state = {n: p for n, p in model.state_dict().items() if not n.endswith("_mixture")}
-    untied.load_state_dict(state | weights_as_read(layers.stack))
+    untied.load_state_dict(state | dict(weights_as_read(layers.stack)))
     torch.testing.assert_close(loss_of(model), loss_of(untied), rtol=1e-6, atol=0)

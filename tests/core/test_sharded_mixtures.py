@@ -55,7 +55,7 @@ def train(name: str, steps: int, checkpointing: bool = False, mixed: bool = Fals
         tying.step(loss)
         losses.append(distributed.mean(loss.item()))
     tying.layers.verify()
-    return losses, gradients, weights_as_read(tying.layers.stack)
+    return losses, gradients, dict(weights_as_read(tying.layers.stack))
 
 
 @pytest.mark.numerics

@@ -24,7 +24,7 @@ A weight can be read in one of these ways (``READERS``), and what a module retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -128,27 +128,36 @@ def store(slot: Slot, parameter: nn.Parameter) -> None:
         setattr(module, attribute, parameter)  # recurrent networks take note of it
 
 
-def weights_as_read(stack: LayerStack) -> dict[str, Tensor]:
+def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:
     """What each layer computes with, by names in the model: mixed, and multiplied by the factor.
 
+    One weight at a time is made, or gathered, by all processes where it is sharded.
+
     Raises:
-        InputError: if what is scaled is more than one linear map, so that weights cannot show it.
+        InputError: before the first, if what is scaled is more than one linear map, so that weights
+            cannot show it.
     """
-    read: dict[str, Tensor] = {}
-    for layer, block, slots in zip(stack.names, stack.blocks, stack.slots, strict=True):
+    factors = [
+        _factors(layer, block) for layer, block in zip(stack.names, stack.blocks, strict=True)
+    ]
+    for layer, slots, by_name in zip(stack.names, stack.slots, factors, strict=True):
         for name, (module, attribute) in slots.items():
-            read[f"{layer}.{name}"] = getattr(module, attribute).detach()
-        for path, module in block.named_modules():
-            factor = module.__dict__.get(FACTOR)
-            if factor is None:
-                continue
-            if any(True for _ in module.children()):
-                raise InputError(f"the scale of {layer}.{path} cannot be put into its weights")
-            for name in module._parameters:
-                full = f"{layer}.{path}.{name}"
-                if full in read:
-                    read[full] = read[full] * factor
-    return read
+            weight = getattr(module, attribute).detach()
+            factor = by_name.get(f"{layer}.{name}")
+            yield f"{layer}.{name}", weight if factor is None else weight * factor
+
+
+def _factors(layer: str, block: nn.Module) -> dict[str, Any]:
+    """What multiplies the weights of a layer, by their names in the model."""
+    factors: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        factor = module.__dict__.get(FACTOR)
+        if factor is None:
+            continue
+        if any(True for _ in module.children()):
+            raise InputError(f"the scale of {layer}.{path} cannot be put into its weights")
+        factors |= {f"{layer}.{path}.{name}": factor for name in module._parameters}
+    return factors
 
 
 def _detached(module: nn.Module, attribute: str) -> Tensor:

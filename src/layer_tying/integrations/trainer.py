@@ -319,7 +319,7 @@ def _give_each_layer_its_own(
     if any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
         return  # who asks for parameters wants to see which are shared
     seen: set[int] = set()
-    for name, weight in weights_as_read(stack).items():
+    for name, weight in weights_as_read(stack):
         state[prefix + name] = weight.clone() if weight.data_ptr() in seen else weight
         seen.add(weight.data_ptr())
     for name in [name for name in state if name.endswith(MIXTURE)]:

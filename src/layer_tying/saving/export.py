@@ -8,13 +8,16 @@
   called ``model.safetensors`` because ``from_pretrained`` would load that, and leave every tied
   layer random.
 
+A sharded model is exported by all processes together: its weights are gathered one at a time, and
+rank 0 keeps and writes them.
+
 ``load.py`` opens compact exports.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layer_tying.core.distributed import is_sharded, on_rank_0, rank
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
+from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.weight_access import weights_as_read
@@ -40,7 +45,8 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
     """Write a folder that transformers loads as any model of its class, with equal logits.
 
     Args:
-        model: a model of transformers, its layers tied or not.
+        model: a model of transformers, its layers tied or not; where it is sharded, every process
+            calls this.
         folder: where to write; files of the same names are replaced.
         dtype: of the stored weights; the model's own by default.
 
@@ -54,18 +60,23 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
         )
     declared = model.all_tied_weights_keys  # embeddings and head: transformers stores them once
     stored, aliases = _stored_and_aliases(model, dtype)
-    for name, stored_name in aliases.items():
-        tensor = stored[stored_name]
-        stored[name] = tensor if name in declared else tensor.clone()
-    stored = _as_read(model, stored)
-    was = model.config.dtype
-    try:
-        model.save_pretrained(folder, state_dict=stored, max_shard_size="1000GB")
-        _saved_config(model, dtype).save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from None
-    finally:
-        model.config.dtype = was
+    as_read = _as_read(model, dtype)
+
+    def write() -> None:
+        for name, stored_name in aliases.items():
+            tensor = stored[stored_name]
+            stored[name] = tensor if name in declared else tensor.clone()
+        plain = {n: tensor for n, tensor in stored.items() if not n.endswith(MIXTURE)} | as_read
+        was = model.config.dtype
+        try:
+            model.save_pretrained(folder, state_dict=plain, max_shard_size="1000GB")
+            _saved_config(model, dtype).save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(folder, error) from None
+        finally:
+            model.config.dtype = was
+
+    _once(model, write)
 
 
 def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -74,7 +85,8 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
     What is shared is read off the model itself: layers, embeddings and head, parts of layers.
 
     Args:
-        model: any module; of a model of transformers the configuration is written as well.
+        model: any module; of a model of transformers the configuration is written as well. Where
+            it is sharded, every process calls this.
         folder: where to write; files of the same names are replaced.
         dtype: of the stored weights; the model's own by default.
 
@@ -84,17 +96,29 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
     """
     stored, aliases = _stored_and_aliases(model, dtype)
     metadata = {METADATA: json.dumps(aliases), SETTINGS: _settings_now(model).to_json()}
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(stored, Path(folder) / COMPACT, metadata)
-        if isinstance(model, PreTrainedModel):
-            _saved_config(model, dtype).save_pretrained(folder)
-            if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
-    except RuntimeError as error:
-        raise InputError(f"cannot store each weight once: {one_line(error)}") from None
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from None
+
+    def write() -> None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(stored, Path(folder) / COMPACT, metadata)
+            if isinstance(model, PreTrainedModel):
+                _saved_config(model, dtype).save_pretrained(folder)
+                if model.can_generate() and model.generation_config is not None:
+                    model.generation_config.save_pretrained(folder)
+        except RuntimeError as error:
+            raise InputError(f"cannot store each weight once: {one_line(error)}") from None
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(folder, error) from None
+
+    _once(model, write)
+
+
+def _once(model: nn.Module, write: Callable[[], None]) -> None:
+    """Write what this process has; of a sharded model, rank 0 has it and the others wait."""
+    if any(map(is_sharded, model.parameters())):
+        on_rank_0(write)
+    else:
+        write()
 
 
 def _settings_now(model: nn.Module) -> TyingSettings:
@@ -116,21 +140,26 @@ def _tying_of(stack: LayerStack) -> Tying:
     return Tying.from_labels(ids)
 
 
-def _as_read(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a plain model: each layer has the weights that it computes with."""
+def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What layers compute with where that is not what is stored; of a sharded model, on rank 0."""
     settings = settings_of(model)
-    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(MIXTURE)}
+    read: dict[str, Tensor] = {}
     if settings.mixes or settings.residual_scaling:
+        is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
         stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
-        for name, weight in weights_as_read(stack).items():
-            plain[name] = weight.to(stored[name].dtype, copy=True).contiguous()
-    return plain
+        for name, weight in weights_as_read(stack):
+            if is_kept:
+                read[name] = weight.to(dtype or weight.dtype, copy=True).contiguous()
+    return read
 
 
 def _stored_and_aliases(
     model: nn.Module, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each distinct tensor under its first name, and for each other name that first one."""
+    """Each distinct tensor under its first name, and for each other name that first one.
+
+    Of a sharded model, only rank 0 has tensors.
+    """
     first: dict[Tensor, str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -140,7 +169,8 @@ def _stored_and_aliases(
             continue
         first[tensor] = name
         cast = dtype if tensor.is_floating_point() else None
-        stored[name] = tensor.detach().to(dtype=cast).contiguous()
+        for _, whole in whole_on_rank_0({name: tensor.detach()}).items():
+            stored[name] = whole.to(dtype=cast).contiguous()
     return stored, aliases
 
 
