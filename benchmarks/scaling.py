@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import socket
 import statistics
 import sys
@@ -25,7 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from common import QUICK, RESULTS, Case, measure_all, run_case_or
+from common import (
+    QUICK,
+    RESULTS,
+    Case,
+    held_bytes,
+    measure_all,
+    peak_of_phase,
+    run_case_or,
+)
 from scaling_page import state_bytes, write_page
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +49,7 @@ from layer_tying.core.tying import Tying
 from layer_tying.models.build import build_model, transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
+from layer_tying.runs.memory import return_freed_memory
 
 VOCABULARY, SEQUENCES = 256, 2
 IS_CUDA = torch.cuda.device_count() > 1
@@ -95,8 +105,9 @@ def measure_steps(case: Case) -> Case:
     steps = {way: side(case, way) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     sent: dict[str, list[int]] = {way: [] for way in ways}
+    order = random.Random(0)  # none has its own step before it more often than the others
     for turn in range(case["repeats"] + 1):
-        for way in ways if turn % 2 else reversed(ways):
+        for way in order.sample(ways, len(ways)):
             dist.barrier()
             before, began = bytes_sent(), time.perf_counter()
             steps[way]()
@@ -133,18 +144,23 @@ def sizes(case: Case) -> Case:
 
 
 def measure_memory(case: Case) -> Case:
-    """Bytes of the tensors that each process holds, sharded: as built, and in training."""
+    """Bytes of the tensors of the fullest process, sharded: as built, held, and in a step."""
     size = sizes(case)
     model = made(case)
     built = live_bytes()
     shard_tied_layers(TiedLayers(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    step = step_of(model, optimizer, case["length"], zeroes=False)
     began = time.perf_counter()
     for _ in range(case["repeats"]):
         optimizer.zero_grad()
-        step_of(model, optimizer, case["length"], zeroes=False)()
-    held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, live_bytes())  # weights, gradients and optimizer state
+        step()
+    seconds = (time.perf_counter() - began) / case["repeats"]
+    here = live_bytes()  # weights, gradients and optimizer state
+    optimizer.zero_grad(set_to_none=False)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (here, here + most_above(step)))
+    held, peak = (max(each) for each in zip(*found, strict=True))
     share = state_bytes(
         case["independent"],
         size["layer_parameters"],
@@ -154,10 +170,18 @@ def measure_memory(case: Case) -> Case:
     return {
         **size,
         "built_bytes": built,
-        "held_bytes": max(held),
-        "of_share": max(held) / share,
-        "step_seconds": (time.perf_counter() - began) / case["repeats"],
+        "held_bytes": held,
+        "of_share": held / share,
+        "peak_bytes": peak,
+        "step_seconds": seconds,
     }
+
+
+def most_above(step: Step) -> int:
+    """By how many bytes this process grows within a step, at most."""
+    before = held_bytes()
+    step()
+    return peak_of_phase() - before
 
 
 def live_bytes() -> int:
@@ -197,6 +221,7 @@ def measure(case: Case) -> Case:
 def _on_a_rank(rank: int, case: Case, found: Any) -> None:
     os.environ["RANK"] = str(rank)
     torch.set_num_threads(1)
+    return_freed_memory()
     if IS_CUDA:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if IS_CUDA else "gloo")
@@ -212,7 +237,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     state = small if options.quick else {"layers": 12, "width": 768, "heads": 12, "length": 16}
     found: list[Case] = []
     for number in options.processes:
-        case = {"part": "steps", "processes": number, "repeats": 7, **speed}
+        case = {"part": "steps", "processes": number, "repeats": 15, **speed}
         found += [{**case, "independent": m} for m in (speed["layers"], 3, 1)]
         case = {"part": "memory", "processes": number, "repeats": 2, **state}
         found += [{**case, "independent": m} for m in (state["layers"], 3)]
