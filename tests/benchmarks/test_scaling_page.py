@@ -22,7 +22,7 @@ STEPS = {
 }
 MEMORY = {
     **{**SIZE, "part": "memory", "processes": 4, "independent": 3, "step_seconds": 1.0},
-    **{"built_bytes": 1e6, "held_bytes": 2e6, "of_share": 1.01},
+    **{"built_bytes": 1e6, "held_bytes": 2e6, "peak_bytes": 3e6, "of_share": 1.01},
 }
 
 
