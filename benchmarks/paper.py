@@ -3,7 +3,7 @@
 A finished row is left alone; one that was stopped goes on from its newest checkpoint. At most two
 rows train at once, one thread each. After every row benchmarks/results/paper-small.json
 and docs/results.md are written anew, so that what was done counts when it is stopped (Ctrl-C
-lets the running rows save).
+lets the running rows save). Rows in that file whose runs are elsewhere stay in it.
 
     python benchmarks/paper.py
     python benchmarks/paper.py --rows gpt2-wiki2-conventional gpt2-wiki2-dynamic --seeds 0
@@ -26,6 +26,7 @@ from layer_tying.paper.results import (
     is_done,
     reasons_so_far,
     results_of,
+    with_earlier,
     without_place,
     write_results,
 )
@@ -93,8 +94,8 @@ def arguments() -> argparse.Namespace:
 
 
 def write(rows: Rows, reasons: dict[str, str], options: argparse.Namespace) -> None:
-    """The results so far: of every row that is done, whether it was chosen this time or not."""
-    results = results_of(rows, reasons, SCALE)
+    """The results so far: of every row that is done, here or earlier."""
+    results = with_earlier(results_of(rows, reasons, SCALE), options.results)
     write_results(options.results, results)
     write_text_whole(options.page, results_page(results))
     draw_pictures(rows, options.page.parent / "images")

@@ -29,6 +29,8 @@ AGENT = "gpt2-wiki2-dynamic"
 def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -> list[Path]:
     """Draw what the finished runs of WikiText-2 have: perplexity over tokens, who owns whom.
 
+    A picture is left as it is where runs that it shows are not here.
+
     Args:
         rows: of each seed, by name.
         folder: where the pictures go.
@@ -42,7 +44,7 @@ def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -
             groups.append(RunGroup(label, finished))
             styles.append(style)
     with matplotlib.rc_context(STYLE):
-        if groups:
+        if len(groups) == len(CURVES):
             label = "validation perplexity per byte"
             pictures["curves"] = draw_curves(groups, styles, "validation_perplexity", label)
         agent = rows[min(rows)][AGENT].folder

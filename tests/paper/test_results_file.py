@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from layer_tying.paper.results import reasons_so_far, results_of, without_place, write_results
+from layer_tying.paper.results import (
+    reasons_so_far,
+    results_of,
+    with_earlier,
+    without_place,
+    write_results,
+)
 from layer_tying.paper.rows import recipes
 
 ROW = "gpt2-wiki2-conventional"
@@ -62,6 +68,21 @@ def test_reasons_are_kept_until_a_row_is_done(rows, tmp_path):
     finish(rows[ROW].folder)
     assert results_of({0: rows}, reasons, "small")["not_run"].keys() == {"vit-cifar10-dynamic"}
     assert reasons_so_far(tmp_path / "none.json") == {}
+
+
+def test_rows_whose_runs_are_elsewhere_stay(rows, tmp_path):
+    finish(rows[ROW].folder)
+    file = tmp_path / "out.json"
+    elsewhere = {"row": ROW, "seed": 1, "summary": {"steps": 4}}
+    older = {"row": ROW, "seed": 0, "summary": {"steps": 3}}
+    other = {"row": "bert-wiki2-dynamic", "seed": 0, "summary": {}}
+    write_results(file, {"rows": [elsewhere, other, older], "not_run": {}})
+    reasons = {other["row"]: "no data", "vit-cifar10-dynamic": "no images"}
+    both = with_earlier(results_of({0: rows}, reasons, "small"), file)
+    found = [(row["row"], row["seed"]) for row in both["rows"]]
+    assert found == [("bert-wiki2-dynamic", 0), (ROW, 0), (ROW, 1)]
+    assert both["rows"][1]["summary"]["steps"] == 4, "what is here replaces what was there"
+    assert both["not_run"].keys() == {"vit-cifar10-dynamic"}
 
 
 def test_a_reason_does_not_name_this_machines_folder():

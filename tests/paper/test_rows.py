@@ -32,6 +32,8 @@ def test_every_row_is_there_under_its_name(scale):
     expected += [f"{pair}-shallow" for pair in pairs if pair.startswith("gpt2")]
     ablations = ("final", "permuted", "frozen", "retrained")
     expected += [f"gpt2-wiki2-{name}" for name in (*ablations, "random", "cycle", "mixture")]
+    if scale == "small":
+        expected += [f"gpt2-subwords-{side}" for side in ("conventional", "dynamic", "shallow")]
     for task in ("sst2", "cola", "qnli", "mrpc", "rte"):
         expected += [f"glue-{task}-{tying}" for tying in ("keep", "dynamic", "none")]
     assert sorted(rows) == sorted(expected)
@@ -130,7 +132,7 @@ def test_the_list_names_every_row_and_what_it_needs(capsys):
     assert recipe("--list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(recipes("small"))
-    assert "glue-rte-none  (after gpt2-wiki2-conventional)" in lines
+    assert "glue-rte-none  (after gpt2-subwords-conventional)" in lines
 
 
 def test_a_row_runs_after_the_one_it_needs(tiny, capsys):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layer_tying.paper.rows import SHALLOW
+from layer_tying.paper.rows import SHALLOW, SUBWORDS
 
 Rows = Mapping[str, Mapping[str, Any]]  # summaries, by the rows' names
 
@@ -36,6 +36,7 @@ GATES = {
     "gpt2-wiki103": Gate("GPT-2 on WikiText-103", DEPTH),
     "gpt2-lambada": Gate("GPT-2 on LAMBADA", DEPTH),
     "gpt2-1b": Gate("GPT-2 on One Billion Words", DEPTH),
+    f"gpt2-{SUBWORDS}": Gate("GPT-2 on WikiText-2 in subwords", DEPTH),
     "bert-wiki2": Gate("BERT on masked tokens of WikiText-2", 0.25, "masked_accuracy"),
     "vit-cifar10": Gate("ViT on CIFAR-10", 0.62, "accuracy"),
     "glue-sst2": Gate("SST-2", 0.78, "accuracy"),

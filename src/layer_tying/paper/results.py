@@ -44,6 +44,19 @@ def results_of(
     return {"scale": scale, "rows": done, "not_run": not_run}
 
 
+def with_earlier(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The results, and the rows of an earlier file whose runs are not here: all in one order.
+
+    Args:
+        results: as ``results_of`` makes them.
+        path: the earlier file, if there is one.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = {(row["seed"], row["row"]): row for row in (*earlier, *results["rows"])}
+    not_run = {n: why for n, why in results["not_run"].items() if n not in {n for _, n in rows}}
+    return {**results, "rows": [rows[key] for key in sorted(rows)], "not_run": not_run}
+
+
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write the results file, whole or not at all."""
     write_text_whole(path, json.dumps(results, indent=1) + "\n")
