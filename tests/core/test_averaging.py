@@ -127,6 +127,34 @@ def test_traffic_is_proportional_to_independent_layers_and_sent_once():
             assert overlapped, "it is sent while backward goes on"
 
 
+def buffers_on_a_rank(tyings: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Where gradients are put together to be sent, and their bytes, at each backward pass."""
+    torch.manual_seed(0)
+    model = Plain()
+    tying = DynamicTying(model, None, RandomPolicy(0), initial="none")
+    places = []
+    all_reduce = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if tensor.is_floating_point():
+            places.append((tensor.data_ptr(), tensor.untyped_storage().nbytes()))
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = noting
+    for step, owners in enumerate(tyings):
+        tying.layers.apply(Tying(owners))
+        my_loss(model, step).backward()
+    return places
+
+
+def test_gradients_are_put_together_in_the_same_memory_until_the_tying_changes():
+    untied, tied = tuple(range(6)), (0,) * 6
+    for places in on_ranks(2, buffers_on_a_rank, [untied, untied, tied, tied]):
+        first, second, smaller, last = places
+        assert first == second and smaller == last
+        assert smaller[1] < first[1], "what is held falls with the independent layers"
+
+
 def accumulate(uses_no_sync: bool) -> tuple[Weights, int]:
     torch.manual_seed(0)
     model = Plain()

@@ -116,10 +116,18 @@ def buckets(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
 
 
 def start_averaging(
-    gradients: Sequence[Tensor], group: dist.ProcessGroup | None = None
+    gradients: Sequence[Tensor],
+    group: dist.ProcessGroup | None = None,
+    buffer: Tensor | None = None,
 ) -> Callable[[], list[Tensor]]:
-    """Send a copy of these gradients; what is returned waits for their means and has them."""
-    flat = torch.cat([g.detach().reshape(-1) for g in gradients]).div_(world_size())
+    """Send a copy of these gradients; what is returned waits for their means and has them.
+
+    Args:
+        gradients: of one type.
+        group: who takes part.
+        buffer: flat, where the copy and the means are put; by default new memory.
+    """
+    flat = torch.cat([g.detach().reshape(-1) for g in gradients], out=buffer).div_(world_size())
     with others_may_be_lost():
         work = dist.all_reduce(flat, group=group, async_op=True)
     assert work is not None

@@ -32,6 +32,7 @@ QUARTERS: dict[str, dict[str, Any]] = {  # with the parameters of a quarter of t
 }
 GPT2_DATASETS = ("wiki2", "wiki103", "lambada", "1b")
 SUBWORDS = "subwords"  # small GPT-2 on WikiText-2 in subwords, which GLUE starts from
+EPOCHS = {"sst2": 2, "qnli": 1}  # of fine-tuning at small scale: their training parts are large
 BASE: dict[str, dict[str, Any]] = {
     "small": {
         **{"nlayers": 12, "nhead": 2, "emsize": 64, "bptt": 64, "tokenizer": "bytes"},
@@ -142,7 +143,7 @@ def bert(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
     else:
-        changes |= {"batch_size": 16, "lr": 1e-3}
+        changes |= {"batch_size": 16, "lr": 1e-3, "max_steps": 5000}
     return _row(f"bert-wiki2-{side}", scale, folder, **changes)
 
 
@@ -175,6 +176,7 @@ def glue(task: str, tying: str, scale: str, folder: str) -> TrainConfig:
     changes |= {"max_steps": None, "epochs": 3}
     if small:
         changes |= {"batch_size": 32, "lr": 1e-3, "every": 10, "eval_every": 100}
+        changes |= {"epochs": EPOCHS.get(task, 3)}
     else:
         changes |= {"lr": 2e-5, "dropout": 0.1}
     return _row(
