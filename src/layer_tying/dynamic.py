@@ -94,7 +94,7 @@ class DynamicTying:
             residual_outputs=outputs,
         )
         if distributed.world_size() > 1:
-            self._averaging = GradientAveraging(layers.stack)
+            self._averaging = GradientAveraging(layers.stack, layers.optimizers)
 
     @classmethod
     def over(
@@ -209,11 +209,13 @@ class DynamicTying:
             The decision, or None at a step without one.
 
         Raises:
-            InputError: if the policy needs a loss and there is none, or if the weights of several
-                processes have drifted apart: the gradients of a layer that became independent were
-                not averaged.
+            InputError: if the policy needs a loss and there is none, if several processes are in
+                the middle of accumulating gradients, or if their weights have drifted apart: the
+                gradients of a layer that became independent were not averaged.
         """
         is_due = self.decision_is_due
+        if is_due and self._averaging:
+            self._averaging.check_averaged()
         self.num_steps += 1
         if self.num_steps > self._settled_after:
             self._losses.clear()

@@ -13,7 +13,7 @@ from tiny_models import Plain, gpt2, loss_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layer_tying import DynamicTying, RandomPolicy, Tying, average_gradients
+from layer_tying import DynamicTying, InputError, RandomPolicy, Tying, average_gradients
 from layer_tying.core import distributed
 
 Losses = list[float]
@@ -252,6 +252,28 @@ def test_a_failed_backward_pass_and_nan_on_one_rank_do_not_split_the_ranks():
     assert is_finite and str(ours) == str(theirs)
     assert [str(norm) for norm in ours].count("nan") == 1 and str(ours[3]) == "nan"
     torch.testing.assert_close(weights, their_weights, rtol=0, atol=0)
+
+
+def decisions_between_batches() -> tuple[str, tuple[int, ...], bool]:
+    """What a decision between accumulated batches says; and whether the loop goes on after it."""
+    torch.manual_seed(0)
+    model = Plain()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tying = DynamicTying(model, optimizer, RandomPolicy(0), every=1, initial="none")
+    with tying.no_sync():
+        my_loss(model, 0).backward()
+    with pytest.raises(InputError) as error:
+        tying.step(0.0)
+    untouched = tying.tying.owners
+    my_loss(model, 1).backward()
+    optimizer.step()
+    return str(error.value), untouched, tying.step(0.0) is not None
+
+
+def test_a_tying_that_would_change_while_gradients_accumulate_is_refused_on_every_rank():
+    for said, owners, goes_on in on_ranks(2, decisions_between_batches):
+        assert "while gradients accumulate" in said and "\n" not in said
+        assert owners == tuple(range(6)) and goes_on
 
 
 def dropped_layers() -> list[bool]:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from layer_tying.core.distributed import (
@@ -69,10 +70,15 @@ class GradientAveraging:
 
     Args:
         stack: the layers of the model, which is not wrapped yet.
+        optimizers: those that step with the means; without any, ``check_averaged`` knows nothing.
     """
 
-    def __init__(self, stack: LayerStack) -> None:
+    def __init__(self, stack: LayerStack, optimizers: Sequence[Optimizer] = ()) -> None:
         self._stack = stack
+        self._is_pending = False
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(self._has_stepped)
+        self._sees_steps = bool(optimizers)
         group = dist.new_group()
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
@@ -94,6 +100,21 @@ class GradientAveraging:
             yield
         finally:
             self._is_paused = False
+
+    def check_averaged(self) -> None:
+        """Check that no gradients of ``no_sync`` wait for the last batch of their step.
+
+        Raises:
+            InputError: if some do: those of a layer that is tied now would be lost.
+        """
+        if self._is_pending:
+            raise InputError(
+                "the tying cannot change while gradients accumulate: call step of DynamicTying "
+                "once for each step of the optimizer, after it"
+            )
+
+    def _has_stepped(self, *_: Any) -> None:
+        self._is_pending = False
 
     def _replace_earlier(self) -> None:
         earlier = _in_charge.get(self._stack.model)
@@ -121,7 +142,10 @@ class GradientAveraging:
     def _gradient_is_made(self, parameter: nn.Parameter) -> None:
         wrapper = _wrapper_of(self._stack.model)
         is_held_back = wrapper is not None and not wrapper.require_backward_grad_sync
-        if self._is_paused or is_held_back or world_size() == 1:
+        if self._is_paused or is_held_back:
+            self._is_pending = self._sees_steps
+            return
+        if world_size() == 1:
             return
         if self._backward() is None:
             self._begin()
@@ -138,6 +162,7 @@ class GradientAveraging:
 
     def _begin(self) -> None:
         """At the first gradient of a backward pass, see which parameters are live."""
+        self._is_pending = False
         parameters = self._averaged_here()
         self._add_hooks(parameters)
         if self._means:  # of a backward pass that failed: they may still be on their way
