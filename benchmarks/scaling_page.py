@@ -111,7 +111,7 @@ STEPS = (
     "GPT-2 in float32, 2 x 64 tokens a process. *Of DDP* is the median ratio of a step to one of "
     "`DistributedDataParallel` on a model of the same tying, which stays; the two take turns. "
     "*MB* are what all processes sent in a step, and *model* is what the model below says. The "
-    "processes share the cores that the table names with other work, so seconds say little; ratios "
+    "processes share the cores that the table names, so seconds say little; ratios "
     "say more. Sharded steps send more here than the model says because gloo adds up gradients on "
     "all processes where each needs its rows only."
 )
@@ -120,7 +120,8 @@ MEMORY = (
     "rows of weights, gradients and AdamW's state. *Of its share* is against (independent layers + "
     "rest) / processes. *Peak* is the most that is taken within a step of 2 x 16 tokens, as the "
     "growth of the process says: gathered weights, whole gradients, activations and the buffers of "
-    "gloo in addition. *As built* are the weights before they are sharded."
+    "gloo in addition. *As built* are the weights before they are sharded. The seconds were taken "
+    "while other work ran, unlike the steps above."
 )
 
 
@@ -186,7 +187,8 @@ def _beyond() -> list[str]:
         "With L layers of l parameters each, M of them independent, R parameters elsewhere, N "
         "devices and float32 weights:",
         "- replicated, a device sends 2 (N - 1) / N x 4 (M l + R) bytes in a step and holds "
-        "16 (M l + R) bytes of weights, gradients and AdamW's state;\n"
+        "16 (M l + R) bytes of weights, gradients and AdamW's state; on CPUs 4 (M l + R) more, in "
+        "which gradients are sent, as `DistributedDataParallel` does everywhere;\n"
         "- sharded, it sends about 3 (N - 1) / N x 4 (L l + R) bytes, whatever M is (a little "
         "less: biases and embeddings are not gathered again), and holds 16 (M l + R) / N, with the "
         "gathered weights of the running layer in addition.",
