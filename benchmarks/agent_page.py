@@ -43,15 +43,13 @@ Rows = Sequence[dict[str, Any]]
 
 def write_page(results: Path) -> Path:
     """Write docs/agent.md and its picture; into the folder of the results if these are others."""
-    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
-    of_each: dict[str, Rows] = {m: [r for r in rows if r["method"] == m] for m in ABOUT}
-    groups = {method: mine for method, mine in of_each.items() if mine}
+    groups = groups_of(results)
     folder = DOCS if results.resolve() == COMMITTED else results.parent
     (folder / "images").mkdir(parents=True, exist_ok=True)
     _draw(groups).savefig(folder / "images/agent.png", dpi=150)
     parts = [
         "# What the agent learns",
-        _answer(groups),
+        answer(groups),
         _table(groups),
         "![Training loss of four methods above that of the start](images/agent.png)",
         f"How far the training loss is above that of the start, in nats: means over "
@@ -63,7 +61,14 @@ def write_page(results: Path) -> Path:
     return folder / "agent.md"
 
 
-def _answer(groups: dict[str, Rows]) -> str:
+def groups_of(results: Path) -> dict[str, Rows]:
+    """The runs of a file of results, by method."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    of_each: dict[str, Rows] = {m: [r for r in rows if r["method"] == m] for m in ABOUT}
+    return {method: mine for method, mine in of_each.items() if mine}
+
+
+def answer(groups: dict[str, Rows]) -> str:
     """The finding, whichever it is, in the opening sentences."""
     sentences = []
     for other, what in (

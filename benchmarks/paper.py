@@ -17,6 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import agent_page
+import published_page
 from paper_pictures import draw_pictures
 
 from layer_tying.errors import InputError
@@ -97,8 +99,22 @@ def write(rows: Rows, reasons: dict[str, str], options: argparse.Namespace) -> N
     """The results so far: of every row that is done, here or earlier."""
     results = with_earlier(results_of(rows, reasons, SCALE), options.results)
     write_results(options.results, results)
-    write_text_whole(options.page, results_page(results))
+    write_text_whole(options.page, results_page(results, agent_and_published_code()))
     draw_pictures(rows, options.page.parent / "images")
+
+
+def agent_and_published_code() -> list[str]:
+    """The findings of the two experiments that have pages of their own."""
+    agent = agent_page.groups_of(agent_page.COMMITTED)
+    published = published_page.groups_of(published_page.RESULTS / "published.json")
+    return [
+        "## Does the paper's agent learn anything?",
+        "1,200 decisions of a small model ([what the agent learns](agent.md)):",
+        agent_page.answer(agent),
+        "## What the published code does",
+        published_page.answer(published) + " See [the published code, measured](published.md).",
+        "![Independent layers, claimed and real, and validation perplexity](images/published.png)",
+    ]
 
 
 if __name__ == "__main__":

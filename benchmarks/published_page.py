@@ -55,15 +55,20 @@ Groups = dict[str, list[Row]]
 def write_page(folder: Path = RESULTS) -> Path:
     """The page of a folder of results: in docs/ for the committed ones, else next to them."""
     place = RESULTS.parent.parent / "docs" if folder.resolve() == RESULTS else folder
-    rows = json.loads((folder / "published.json").read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if "error" not in row]
-    seeds = [{r["seed"] for r in rows if r["side"] == side} for side in SIDES]
-    whole = set.intersection(*seeds)
-    groups = {s: [r for r in rows if r["side"] == s and r["seed"] in whole] for s in SIDES}
+    groups = groups_of(folder / "published.json")
     (place / "images").mkdir(parents=True, exist_ok=True)
     _drawn(groups).savefig(place / "images" / "published.png", dpi=160)
     write_text_whole(place / "published.md", published_page(groups))
     return place / "published.md"
+
+
+def groups_of(results: Path) -> Groups:
+    """The runs of a file of results, by side; of seeds that all sides have."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if "error" not in row]
+    seeds = [{r["seed"] for r in rows if r["side"] == side} for side in SIDES]
+    whole = set.intersection(*seeds)
+    return {s: [r for r in rows if r["side"] == s and r["seed"] in whole] for s in SIDES}
 
 
 def published_page(groups: Groups) -> str:
@@ -73,7 +78,7 @@ def published_page(groups: Groups) -> str:
     how = HOW.format(**{**first, "steps": steps, "commit": first["published_commit"][:8]})
     parts = [
         "# The published code, measured",
-        _answer(groups),
+        answer(groups),
         "![Independent layers, claimed and real, and validation perplexity](images/published.png)",
         "Left and middle: one seed; in the middle, the two lines are one. The band on the right is "
         "the range over the seeds.",
@@ -85,7 +90,7 @@ def published_page(groups: Groups) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _answer(groups: Groups) -> str:
+def answer(groups: Groups) -> str:
     """What there is instead of what is claimed, and what it costs."""
     published = groups[PUBLISHED]
     last = max(_collapsed_at(row) for row in published)

@@ -22,6 +22,7 @@ NAMES = {
     "1b": "One Billion Words",
     SUBWORDS: "WikiText-2 in subwords",
 }
+QUALITY = ("test_perplexity", "accuracy", "masked_accuracy")  # shown with their spread
 WIKITEXT = "gpt2-wiki2"
 OTHER_TEXTS = {f"gpt2-{name}": NAMES[name] for name in ("wiki103", "lambada", "1b", SUBWORDS)}
 TRIPLE = {
@@ -50,11 +51,12 @@ PICTURES = (
 )
 
 
-def results_page(results: dict[str, Any]) -> str:
+def results_page(results: dict[str, Any], findings: Iterable[str] = ()) -> str:
     """Markdown of all comparisons whose conventional side has learned, and why others are absent.
 
     Args:
         results: the file of results, see ``paper.results``.
+        findings: paragraphs on what other experiments have shown.
     """
     rows = over_seeds(results["rows"])
     missing = {name: reason for name in GATES if (reason := problem(name, rows))}
@@ -68,6 +70,7 @@ def results_page(results: dict[str, Any]) -> str:
         *_section("Other texts", _language(shown)),
         *_section("BERT and ViT", _others(shown)),
         *_section("GLUE, dev", _glue(shown)),
+        *findings,
         *_introduction(results["rows"]),
         *_not_run(results["not_run"]),
     ]
@@ -84,13 +87,12 @@ def over_seeds(entries: Iterable[dict[str, Any]]) -> dict[str, Summary]:
 
 def _mean_summary(summaries: Sequence[Summary]) -> Summary:
     merged: Summary = {**summaries[0], "seeds": len(summaries)}
-    for key in merged:
+    for key in tuple(merged):
         values = [summary[key] for summary in summaries if _is_number(summary.get(key))]
         if len(values) == len(summaries) > 1:
             merged[key] = statistics.fmean(values)
-    if len(summaries) > 1:
-        perplexities = [summary["test_perplexity"] for summary in summaries]
-        merged["test_perplexity_deviation"] = statistics.stdev(perplexities)
+            if key in QUALITY:
+                merged[f"{key}_deviation"] = statistics.stdev(values)
     return merged
 
 
