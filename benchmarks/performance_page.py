@@ -20,6 +20,7 @@ from performance_tables import (
     Row,
     Target,
     alternatives_table,
+    exports_table,
     memory_tables,
     memory_targets,
     with_the_paper,
@@ -28,8 +29,11 @@ from performance_tables import (
 from layer_tying.report.markdown import markdown_table
 
 BENCHMARKS = Path(__file__).resolve().parent
-FILES = ("memory", "speed", "alternatives", "gpu")
-COMMANDS = {name: f"make bench-{name}" for name in FILES} | {"gpu": "benchmarks/gpu.sh"}
+FILES = ("memory", "speed", "alternatives", "exports", "gpu")
+COMMANDS = {name: f"make bench-{name}" for name in FILES} | {
+    "gpu": "benchmarks/gpu.sh",
+    "exports": "python benchmarks/exports.py RUN ...",
+}
 Results = dict[str, dict[str, Any]]
 
 
@@ -70,6 +74,8 @@ def performance_page(results: Results) -> str:
         ]
     if "speed" in rows:
         parts += ["## Speed", SPEED, *speed_tables(rows["speed"])]
+    if "exports" in rows:
+        parts += ["## Size and quality of exports", EXPORTS, exports_table(rows["exports"])]
     if "gpu" in rows:
         parts += ["## On a GPU", *gpu_tables(rows["gpu"])]
     return "\n\n".join(parts) + "\n"
@@ -137,6 +143,12 @@ SPEED = (
     "the update of its network. Layers are compiled one by one, in the command's own setting: "
     "8 x 128 tokens, float32 weights, products in bf16. Generating: a prompt of 16 tokens, 32 new "
     "ones, greedy, batch 1, with a KV cache."
+)
+
+EXPORTS = (
+    "Compact exports of two runs of the [results](results.md), by the type of the stored weights, "
+    "and the test perplexity of what is loaded from them, computed in float32. With `int8`, "
+    "matrices are stored as 8-bit integers and a scale for each row, and loaded in float32."
 )
 
 

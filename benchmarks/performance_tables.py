@@ -165,3 +165,16 @@ def _alternatives_line(row: Row, first: Row | None) -> list[str]:
         f"{row['trained_parameters'] / 1e6:,.1f}",
         megabytes(row["optimizer_state_bytes"]),
     ]
+
+
+def exports_table(rows: Sequence[Row]) -> str:
+    """Size and perplexity of exports, and how they compare with float32."""
+    whole = {row["run"]: row for row in rows if row["dtype"] == "fp32"}
+    heads = ("run", "weights", "bytes", "of fp32", "perplexity", "of fp32")
+    lines = []
+    for row in rows:
+        of_size, of_quality = (row[key] / whole[row["run"]][key] for key in ("bytes", "perplexity"))
+        cells = (f"{row['bytes']:,}", f"{of_size:.2f}")
+        quality = (f"{row['perplexity']:.3f}", f"{of_quality:.4f}")
+        lines.append((f"`{row['run']}`", row["dtype"], *cells, *quality))
+    return markdown_table(heads, lines)

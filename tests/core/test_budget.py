@@ -43,7 +43,7 @@ def tyings_of(rng: random.Random, kinds: tuple[int, ...]) -> Tying:
     return Tying.from_action(action)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_tying_within_the_number_is_over_the_limit(name, dtype, tmp_path):
     """Real counts and real files, against the numbers of layers that limits allow."""

@@ -46,6 +46,7 @@ from layer_tying.runs.train import Interrupted
 from layer_tying.saving import checkpoint
 from layer_tying.saving.export import COMPACT, DTYPES, export_compact
 from layer_tying.saving.export_run import tokenizer_of
+from layer_tying.saving.load import load
 from layer_tying.tasks.base import Task
 
 KEPT_CHECKPOINTS = 2
@@ -296,9 +297,10 @@ def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str
     """Score the student, and write the summary and the export."""
     at("summary")
     config, student = work.config, healing.student.eval()
-    after = {split: work.scores(student, split) for split in ("validation", "test")}
     output, dtype = Path(config.output), config.export_dtype
     export_compact(student, output, DTYPES[dtype] if dtype else None)
+    written = load(output).to(work.teacher.device) if dtype else student
+    after = {split: work.scores(written, split) for split in ("validation", "test")}
     if work.tokenizer:
         work.tokenizer.save(output)
     summary = {

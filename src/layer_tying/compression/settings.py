@@ -112,7 +112,7 @@ class CompressConfig:
     search: SearchSettings = SearchSettings()
     healing: HealingSettings = HealingSettings()
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(**USUAL))
-    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    export_dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
     """type of the stored weights (default: the model's)"""
     seed: int = 0
     """of the order of the data"""

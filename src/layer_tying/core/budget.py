@@ -8,7 +8,8 @@ size of a compact export is a bound, at most some hundred bytes a tensor above t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from layer_tying.core.find import MIXTURE, LayerStack
 from layer_tying.core.tying_settings import settings_of
 from layer_tying.errors import InputError
 
+SCALE = "_int8_scale"  # what ``saving/int8.py`` calls the scales of a matrix
 ENTRY = '"{}":{{"dtype":"BF16","shape":{},"data_offsets":[{},{}]}},'  # of a tensor, in the header
+DIGITS = 10  # of a number of rows
 SETTINGS = 500  # what the settings of a tying may grow by: patterns of names
 OWNER = 6  # of a layer, in these settings
 FRAME = 100  # of a file: the header's length, its braces, the metadata's key, padding
@@ -81,12 +84,15 @@ def _numbers_of_parameters(stack: LayerStack, mixes: bool) -> dict[int, int]:
 def _numbers_of_bytes(stack: LayerStack, dtype: torch.dtype | None, mixes: bool) -> dict[int, int]:
     """For each number of independent layers, a bound on the bytes of its compact export."""
     state = stack.model.state_dict(keep_vars=True)
-    sizes = {tensor: tensor.numel() * _itemsize(tensor, dtype) for tensor in state.values()}
+    sizes = {tensor: _stored_bytes(tensor, dtype) for tensor in state.values()}
     vectors = _mixing(stack) if mixes else {}
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     shapes |= {f"{name}{MIXTURE}": [len(stack.names)] for name in vectors}
+    if dtype == torch.int8:  # the scales of what is stored have entries of their own
+        entry = len(ENTRY.format(max(state, key=len) + SCALE, [], *[sum(sizes.values())] * 2))
+        sizes = {t: size + has_rows(t.shape) * (entry + DIGITS) for t, size in sizes.items()}
     header = _header_bytes(shapes, sum(sizes.values())) + _settings_bytes(stack)
-    of_one = sum(_itemsize(matrix, dtype) for matrix in vectors.values())
+    of_one = sum(_stored_bytes(matrix.flatten()[:1], dtype) for matrix in vectors.values())
     return {n: size + n * of_one + header for n, size in _sizes(stack, sizes).items()}
 
 
@@ -115,8 +121,18 @@ def _sizes(stack: LayerStack, sizes: Mapping[Tensor, int]) -> dict[int, int]:
     return {len(kinds) + n: least + sum(others[:n]) for n in range(len(others) + 1)}
 
 
-def _itemsize(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size()
+def _stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """What ``export_compact`` stores of a tensor."""
+    if not dtype or not tensor.is_floating_point():
+        return tensor.nbytes
+    if dtype == torch.int8:  # and a scale for each row
+        return tensor.numel() + 4 * len(tensor) if has_rows(tensor.shape) else tensor.nbytes
+    return tensor.numel() * dtype.itemsize
+
+
+def has_rows(shape: Sequence[int]) -> bool:
+    """Whether a tensor is a matrix to ``int8`` exports: rows of more than one number."""
+    return math.prod(shape[1:]) > 1
 
 
 def _header_bytes(shapes: Mapping[str, list[int]], data_bytes: int) -> int:

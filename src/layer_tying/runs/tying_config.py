@@ -12,7 +12,7 @@ from layer_tying.settings import check_at_least, check_finite, check_shares, che
 
 DECIDING = tuple(DECIDING_RECORDS)  # the policies that change the tying while a model trains
 POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
-EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+EXPORT_DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 if TYPE_CHECKING:
     PolicyName = StartName = str
@@ -79,7 +79,7 @@ class TyingConfig:
     """the most parameters the model may ever have"""
     budget_bytes: int | None = None
     """the largest size of the model's compact export, in bytes and in --export-dtype"""
-    export_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    export_dtype: Literal["fp32", "bf16", "fp16", "int8"] | None = None
     """type of the weights in an export (default: as trained)"""
     reward: Literal["", "log-perplexity", "perplexity", "accuracy", "training-loss"] = ""
     """what the agent maximises: minus the (log-)perplexity of a training batch, or accuracy;

@@ -35,10 +35,16 @@ from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.weight_access import weights_as_read
 from layer_tying.errors import InputError
+from layer_tying.saving.int8 import with_scales
 
 COMPACT = "compact.safetensors"
 METADATA, SETTINGS = "layer_tying", "layer_tying_settings"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # config's names
+DTYPES = {  # by the names that a config has for them
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -58,6 +64,8 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
             f"{type(model).__name__} is not a model of transformers, so there is no plain folder "
             f"for it: use the compact format"
         )
+    if dtype == torch.int8:
+        raise InputError("int8 is a type of compact exports only: from_pretrained knows no scales")
     declared = model.all_tied_weights_keys  # embeddings and head: transformers stores them once
     stored, aliases = _stored_and_aliases(model, dtype)
     as_read = _as_read(model, dtype)
@@ -88,7 +96,8 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
         model: any module; of a model of transformers the configuration is written as well. Where
             it is sharded, every process calls this.
         folder: where to write; files of the same names are replaced.
-        dtype: of the stored weights; the model's own by default.
+        dtype: of the stored weights; the model's own by default. With ``torch.int8``, matrices are
+            stored as 8-bit integers and scales (see ``int8.py``), and loaded in float32.
 
     Raises:
         InputError: if the folder cannot be written, or tensors share memory in another way than by
@@ -168,16 +177,22 @@ def _stored_and_aliases(
             aliases[name] = first[tensor]
             continue
         first[tensor] = name
-        cast = dtype if tensor.is_floating_point() else None
         for _, whole in whole_on_rank_0({name: tensor.detach()}).items():
-            stored[name] = whole.to(dtype=cast).contiguous()
+            stored |= _as_stored(name, whole, dtype)
     return stored, aliases
+
+
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if dtype == torch.int8:
+        return with_scales(name, tensor)
+    cast = dtype if tensor.is_floating_point() else None
+    return {name: tensor.to(dtype=cast).contiguous()}
 
 
 def _saved_config(model: PreTrainedModel, dtype: torch.dtype | None) -> PretrainedConfig:
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = dtype or model.dtype
+    config.dtype = torch.float32 if dtype == torch.int8 else dtype or model.dtype
     return config
 
 

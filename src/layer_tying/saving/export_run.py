@@ -40,7 +40,8 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
         run: the run folder.
         folder: where to write.
         format: ``expanded`` or ``compact``.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; by default what the run was trained for.
+        dtype: ``fp32``, ``bf16``, ``fp16`` or, of compact ones, ``int8``; by default what the run
+            was trained for.
 
     Raises:
         InputError: as ``load`` and the two formats do, or if the folder is the run's own.

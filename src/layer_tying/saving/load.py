@@ -21,6 +21,7 @@ from layer_tying.errors import InputError
 from layer_tying.models.build import allocate, lay_out, replace_tensors
 from layer_tying.saving.checkpoint import check_fit, read_checkpoint, unique_tensors
 from layer_tying.saving.export import COMPACT, METADATA, SETTINGS, one_line
+from layer_tying.saving.int8 import without_scales
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -80,7 +81,7 @@ def _read_compact(file: Path) -> tuple[dict[str, Tensor], dict[str, str], TyingS
         raise InputError(f"{file} is damaged: {one_line(error)}") from None
     except (KeyError, ValueError):
         raise InputError(f"{file} says nothing of shared weights: not a compact export") from None
-    return tensors, aliases, settings
+    return without_scales(tensors), aliases, settings
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
