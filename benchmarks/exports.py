@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, Case, write_results
 from performance_page import write_page
+from transformers import PreTrainedModel
 
 from layer_tying.runs.config import read_config
 from layer_tying.runs.tasks import task_of
@@ -42,6 +43,7 @@ def measure(run: Path, data_dir: str | None) -> list[Case]:
         with tempfile.TemporaryDirectory() as folder:
             export = export_run(run, Path(folder), "compact", dtype)
             model = load(folder).float()
+        assert isinstance(model, PreTrainedModel)  # as all that runs train
         with torch.no_grad():
             perplexity = task.scores(model, "test")["perplexity"]
         rows.append(
