@@ -163,6 +163,40 @@ def test_loading_allocates_what_is_unique_and_draws_nothing(kind, tmp_path):
     assert seen.bytes < unique + small_change < unique + of_a_layer
 
 
+PARTS = {"attn.c_proj": ["mlp.*", "ln_2.*"], "mlp.c_proj": ["attn.*", "ln_1.*"]}  # and the others
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_layers_that_are_tied_by_parts_are_exported_as_they_compute(power, tmp_path):
+    """One attention for all layers, and three feed-forward networks; with scaled outputs or not."""
+    model = trained("gpt2", True, Tying.independent(NUM_LAYERS))
+    for (output, others), tying in zip(PARTS.items(), (("all",), ("cycle", 3)), strict=True):
+        tie(model, *tying, untied=others, residual_scaling=power, residual_outputs=[output])
+    export_expanded(model, tmp_path / "expanded")
+    plain = CLASSES["gpt2"].from_pretrained(tmp_path / "expanded")
+    assert_close(logits(plain, "gpt2"), logits(model, "gpt2"))
+    if power:
+        with pytest.raises(InputError, match=r"attn.c_proj is mixed or scaled by an earlier tying"):
+            export_compact(model, tmp_path / "compact")
+    else:
+        export_compact(model, tmp_path / "compact")
+        loaded = load(tmp_path / "compact")
+        assert_close(logits(loaded, "gpt2"), logits(model, "gpt2"))
+        assert num_parameters(loaded) == num_parameters(model) < num_parameters(plain)
+
+
+def test_a_scaled_output_whose_weights_are_not_shared_is_scaled_in_an_expanded_export(tmp_path):
+    model = trained("gpt2", True, Tying.independent(NUM_LAYERS))
+    options = {"untied": ["mlp.c_proj.*"], "residual_outputs": ["mlp.c_proj"]}
+    tie(model, "cycle", 2, residual_scaling=1.0, **options)
+    export_expanded(model, tmp_path)
+    assert_close(logits(CLASSES["gpt2"].from_pretrained(tmp_path), "gpt2"), logits(model, "gpt2"))
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def test_from_pretrained_refuses_a_compact_folder(tmp_path):
     """It would leave tied layers random, and only warn."""
     export_compact(trained("gpt2", True), tmp_path)

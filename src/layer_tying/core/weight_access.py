@@ -131,6 +131,7 @@ def store(slot: Slot, parameter: nn.Parameter) -> None:
 def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:
     """What each layer computes with, by names in the model: mixed, and multiplied by the factor.
 
+    Weights that a layer does not share are among them, since what they write can be scaled as well.
     One weight at a time is made, or gathered, by all processes where it is sharded.
 
     Raises:
@@ -140,23 +141,30 @@ def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:
     factors = [
         _factors(layer, block) for layer, block in zip(stack.names, stack.blocks, strict=True)
     ]
-    for layer, slots, by_name in zip(stack.names, stack.slots, factors, strict=True):
-        for name, (module, attribute) in slots.items():
-            weight = getattr(module, attribute).detach()
-            factor = by_name.get(f"{layer}.{name}")
-            yield f"{layer}.{name}", weight if factor is None else weight * factor
+    for layer, block, by_name in zip(stack.names, stack.blocks, factors, strict=True):
+        for path, module in block.named_modules(prefix=layer, remove_duplicate=False):
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and not attribute.endswith(MIXTURE):
+                    name = f"{path}.{attribute}"
+                    weight = getattr(module, attribute).detach()
+                    yield name, weight * by_name[name] if name in by_name else weight
+
+
+def mixed_or_scaled(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, that compute with something else than what they store."""
+    return {name: m for name, m in model.named_modules() if m.__dict__.keys() & {SETS, FACTOR}}
 
 
 def _factors(layer: str, block: nn.Module) -> dict[str, Any]:
     """What multiplies the weights of a layer, by their names in the model."""
     factors: dict[str, Any] = {}
-    for path, module in block.named_modules():
+    for path, module in block.named_modules(prefix=layer, remove_duplicate=False):
         factor = module.__dict__.get(FACTOR)
         if factor is None:
             continue
         if any(True for _ in module.children()):
-            raise InputError(f"the scale of {layer}.{path} cannot be put into its weights")
-        factors |= {f"{layer}.{path}.{name}": factor for name in module._parameters}
+            raise InputError(f"the scale of {path} cannot be put into its weights")
+        factors |= {f"{path}.{name}": factor for name in module._parameters}
     return factors
 
 

@@ -17,7 +17,7 @@ rank 0 keeps and writes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +31,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layer_tying.core.distributed import is_sharded, on_rank_0, rank
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
 from layer_tying.core.gather import whole_on_rank_0
+from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
-from layer_tying.core.weight_access import weights_as_read
+from layer_tying.core.weight_access import mixed_or_scaled, weights_as_read
 from layer_tying.errors import InputError
 from layer_tying.saving.int8 import with_scales
 
@@ -100,9 +101,11 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
             stored as 8-bit integers and scales (see ``int8.py``), and loaded in float32.
 
     Raises:
-        InputError: if the folder cannot be written, or tensors share memory in another way than by
-            being the same parameter.
+        InputError: if the folder cannot be written, tensors share memory in another way than by
+            being the same parameter, or parts of the layers are tied each in its own way and those
+            tied first are mixed or scaled.
     """
+    _check_recorded(model)
     stored, aliases = _stored_and_aliases(model, dtype)
     metadata = {METADATA: json.dumps(aliases), SETTINGS: _settings_now(model).to_json()}
 
@@ -138,10 +141,9 @@ def _settings_now(model: nn.Module) -> TyingSettings:
     """
     settings = settings_of(model)
     try:
-        stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
+        return replace(settings, owners=_tying_of(_stack_of(model)).owners)
     except InputError:
         return settings
-    return replace(settings, owners=_tying_of(stack).owners)
 
 
 def _tying_of(stack: LayerStack) -> Tying:
@@ -151,15 +153,41 @@ def _tying_of(stack: LayerStack) -> Tying:
 
 def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What layers compute with where that is not what is stored; of a sharded model, on rank 0."""
-    settings = settings_of(model)
     read: dict[str, Tensor] = {}
-    if settings.mixes or settings.residual_scaling:
+    if changed := mixed_or_scaled(model):
         is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
-        stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
+        stack = _stack_of(model)
+        _check_among(changed, {module for block in stack.blocks for module in block.modules()})
         for name, weight in weights_as_read(stack):
             if is_kept:
                 read[name] = weight.to(dtype or weight.dtype, copy=True).contiguous()
     return read
+
+
+def _check_recorded(model: nn.Module) -> None:
+    """Check that the settings say of each module that is mixed or scaled that it is."""
+    if changed := mixed_or_scaled(model):
+        settings, stack = settings_of(model), _stack_of(model)
+        recorded: set[nn.Module] = set()
+        if settings.mixes:
+            recorded.update(module for slots in stack.slots for module, _ in slots.values())
+        if settings.residual_scaling:
+            recorded.update(*residual_modules(stack, settings.residual_outputs))
+        _check_among(changed, recorded)
+
+
+def _check_among(changed: Mapping[str, nn.Module], known: Collection[nn.Module]) -> None:
+    for name, module in changed.items():
+        if module not in known:
+            raise InputError(
+                f"{name} is mixed or scaled by an earlier tying, of another part of the model than "
+                f"the last one, which this format cannot express"
+            )
+
+
+def _stack_of(model: nn.Module) -> LayerStack:
+    settings = settings_of(model)
+    return find_layers(model, settings.layers, settings.untied, settings.by_kind)
 
 
 def _stored_and_aliases(
