@@ -28,12 +28,12 @@ def test_every_row_is_there_under_its_name(scale):
     assert all(row.logging.exp == name for name, row in rows.items())
     assert {str(row.folder.parent) for row in rows.values()} == {f"runs/{scale}"}
     pairs = ["gpt2-wiki2", "gpt2-wiki103", "gpt2-lambada", "gpt2-1b", "bert-wiki2", "vit-cifar10"]
-    expected = [f"{pair}-{side}" for pair in pairs for side in ("conventional", "dynamic")]
-    expected += [f"{pair}-shallow" for pair in pairs if pair.startswith("gpt2")]
+    sides = ("conventional", "dynamic", "shallow")
+    expected = [f"{pair}-{side}" for pair in pairs for side in sides]
     ablations = ("final", "permuted", "frozen", "retrained")
     expected += [f"gpt2-wiki2-{name}" for name in (*ablations, "random", "cycle", "mixture")]
     if scale == "small":
-        expected += [f"gpt2-subwords-{side}" for side in ("conventional", "dynamic", "shallow")]
+        expected += [f"gpt2-subwords-{side}" for side in sides]
     for task in ("sst2", "cola", "qnli", "mrpc", "rte"):
         expected += [f"glue-{task}-{tying}" for tying in ("keep", "dynamic", "none")]
     assert sorted(rows) == sorted(expected)

@@ -56,8 +56,7 @@ def recipes(scale: str, output_dir: str | None = None, seed: int = 0) -> dict[st
         seed: of all rows; that which is retrained has the next one.
     """
     folder = output_dir or (f"runs/{scale}-{seed}" if seed else f"runs/{scale}")
-    sides = tuple(POLICY_OF)
-    triple = (*sides, SHALLOW)
+    triple = (*POLICY_OF, SHALLOW)
     rows = [
         *(gpt2(data, side, scale, folder) for data in GPT2_DATASETS for side in triple),
         *(subwords(side, folder) for side in triple if scale == "small"),
@@ -67,8 +66,8 @@ def recipes(scale: str, output_dir: str | None = None, seed: int = 0) -> dict[st
         retrained(scale, folder),
         permuted(scale, folder),
         without_tying(scale, folder),
-        *(bert(side, scale, folder) for side in sides),
-        *(vit(side, scale, folder) for side in sides),
+        *(bert(side, scale, folder) for side in triple),
+        *(vit(side, scale, folder) for side in triple),
         *(glue(task, tying, scale, folder) for task in TASKS for tying in TYINGS),
     ]
     return {row.logging.exp: row.replace(seed=row.seed + seed) for row in rows}
@@ -83,14 +82,8 @@ def runs_first(config: TrainConfig) -> str | None:
 
 
 def gpt2(dataset: str, side: str, scale: str, folder: str) -> TrainConfig:
-    """A language model: conventional, dynamic, or conventional with a quarter of the layers.
-
-    ``random`` is another: random changes, as frequent as the agent's decisions.
-    """
-    changes: dict[str, Any] = {"dataset": dataset, "policy": POLICY_OF.get(side, side)}
-    if side == SHALLOW:
-        changes |= {"policy": "none", "nlayers": max(2, BASE[scale]["nlayers"] // 4)}
-    return _row(f"gpt2-{dataset}-{side}", scale, folder, **changes)
+    """A language model, of any side; ``random``: changes as frequent as the agent's decisions."""
+    return _row(f"gpt2-{dataset}-{side}", scale, folder, dataset=dataset, **_side(side, scale))
 
 
 def subwords(side: str, folder: str) -> TrainConfig:
@@ -139,11 +132,12 @@ def bert(side: str, scale: str, folder: str) -> TrainConfig:
 
     At paper scale BERT-base, 12 layers x 768: what the published code builds (as a decoder).
     """
-    changes: dict[str, Any] = {"family": "bert", "dataset": "wiki2", "policy": POLICY_OF[side]}
+    changes: dict[str, Any] = {"family": "bert", "dataset": "wiki2"}
     if scale == "paper":
         changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
     else:
         changes |= {"batch_size": 16, "lr": 1e-3, "max_steps": 5000}
+    changes |= _side(side, scale, changes.get("nlayers"))
     return _row(f"bert-wiki2-{side}", scale, folder, **changes)
 
 
@@ -153,12 +147,13 @@ def vit(side: str, scale: str, folder: str) -> TrainConfig:
     At paper scale 32 layers x 1280 with 16 heads (ViT-Huge, whose feed-forward width of 5,120 is
     the published code's), on images of 32 x 32 in patches of 4 x 4, a decision every 10 steps.
     """
-    changes: dict[str, Any] = {"family": "vit", "dataset": "cifar10", "policy": POLICY_OF[side]}
+    changes: dict[str, Any] = {"family": "vit", "dataset": "cifar10"}
     if scale == "paper":
         changes |= {"nlayers": 32, "nhead": 16, "emsize": 1280, "batch_size": 20, "every": 10}
     else:
         changes |= {"dataset": "cifar10-jpeg", "batch_size": 32, "max_steps": 14_000}
         changes |= {"lr": 5e-4, "init_std": 0.06}
+    changes |= _side(side, scale, changes.get("nlayers"))
     return _row(f"vit-cifar10-{side}", scale, folder, **changes)
 
 
@@ -188,6 +183,13 @@ def glue(task: str, tying: str, scale: str, folder: str) -> TrainConfig:
         policy=TYINGS[tying],
         source=str(pretrained.folder),
     )
+
+
+def _side(side: str, scale: str, depth: int | None = None) -> dict[str, Any]:
+    """What a side differs in: the policy, or a quarter of the layers (of ``depth``, if given)."""
+    if side == SHALLOW:
+        return {"policy": "none", "nlayers": max(2, (depth or BASE[scale]["nlayers"]) // 4)}
+    return {"policy": POLICY_OF.get(side, side)}
 
 
 def _after_dynamic(folder: str) -> dict[str, Any]:
