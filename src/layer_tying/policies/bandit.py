@@ -26,6 +26,7 @@ NOISE = 0.03  # of a reward
 LEVEL, SLOPE = 0.03, 0.02  # of what the trend's level and its slope change by between two decisions
 UNKNOWN = 1e4, 1.0  # of the level and the slope at the start, when losses fall fast
 WORTH = 0.1  # of a layer's worth, before anything is known
+JITTER = 1e-12  # a variance: keeps rounding from making a covariance indefinite
 WATCHED = 0.25  # share of the decisions that change nothing: the loss falls too steeply yet
 FIRST, LAST = 0.5, 0.1
 """What layer 1 and the last layer are expected to be worth as the first of their groups: the first
@@ -117,9 +118,14 @@ class Bandit(Policy):
         return tuple(i if i in begins else before[i] for i in range(state.num_layers))
 
     def _draw(self) -> np.ndarray:
-        """[L] worths, drawn from their posterior."""
-        covariance = self._covariance[:-2, :-2]
-        return self._rng.multivariate_normal(self._mean[:-2], covariance, method="eigh")
+        """[L] worths, drawn from their posterior.
+
+        By Cholesky's factor, which is unique: eigenvectors differ between processors, and with them
+        what a seed leads to.
+        """
+        covariance = self._covariance[1:-2, 1:-2] + JITTER * np.eye(len(self._mean) - 3)
+        drawn = self._rng.multivariate_normal(self._mean[1:-2], covariance, method="cholesky")
+        return np.concatenate([[0.0], drawn])
 
     def _moved(
         self, begins: set[int], free: set[int], max_independent: int, worth: np.ndarray
