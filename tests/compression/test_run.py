@@ -20,6 +20,7 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
+from layer_tying.core.find import find_layers
 from layer_tying.runs.config import OptimizationConfig
 from layer_tying.runs.train import Interrupted, train
 from layer_tying.saving.export import export_expanded
@@ -239,8 +240,17 @@ def test_weights_that_have_changed_meanwhile_are_noticed(here, tmp_path):
         compress_run(options, resume=True)
 
 
+def test_the_budget_of_bytes_holds_for_the_file(here, tmp_path):
+    limit = 40_000
+    summary = compress_run(
+        config(here, tmp_path / "small", budget=BudgetSettings(bytes=limit), export_dtype="bf16")
+    )
+    assert summary["bytes_after"] <= limit
+    assert find_layers(load(tmp_path / "small"))
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [("bf16", 40_000), ("int8", 26_000)])
-def test_the_budget_of_bytes_holds_for_the_file_whose_quality_is_said(here, tmp_path, dtype, limit):
+def test_the_quality_that_is_said_is_that_of_the_file(here, tmp_path, dtype, limit):
     small = tmp_path / "small"
     changes = {"budget": BudgetSettings(bytes=limit), "export_dtype": dtype}
     summary = compress_run(config(here, small, healing=HealingSettings(sharing="tied"), **changes))

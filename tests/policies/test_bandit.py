@@ -78,14 +78,16 @@ def play(policy: Bandit, worth: np.ndarray, start: Tying, seed: int) -> list[Tyi
     return states
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_it_finds_the_layers_that_are_worth_it(seed):
+@pytest.mark.parametrize(
+    ("seed", "best"), [(0, (0, 1, 8, 9)), (1, (0, 1, 4, 8)), (2, (0, 1, 4, 8))]
+)
+def test_it_finds_the_layers_that_are_worth_it(seed, best):
+    """Three borders are worth 1.2 at most, and 1.15 where none gains by moving one layer."""
     worth = np.array([0, 0.5, 0, 0.1, 0.25, 0.1, 0, 0.2, 0.4, 0.3, 0.1, 0])
     start = pattern("sandwich", 12, 4)
     policy = ready(Bandit(seed=seed), Rules((0,) * 12, 4), start, num_decisions=80)
     states = play(policy, worth, start, seed)
-    found = sum(worth[layer] for layer in states[-1].independent_layers)
-    assert found >= 1.15  # 1.2 is the most that three borders are worth, 1.15 the next
+    assert states[-1].independent_layers == best
     assert len({state.owners for state in states[-4:]}) == 1  # it is kept
 
 

@@ -76,9 +76,7 @@ class GradientAveraging:
     def __init__(self, stack: LayerStack, optimizers: Sequence[Optimizer] = ()) -> None:
         self._stack = stack
         self._is_pending = False
-        for optimizer in optimizers:
-            optimizer.register_step_post_hook(self._has_stepped)
-        self._sees_steps = bool(optimizers)
+        self._steps = [each.register_step_post_hook(self._has_stepped) for each in optimizers]
         group = dist.new_group()
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
@@ -120,7 +118,7 @@ class GradientAveraging:
         earlier = _in_charge.get(self._stack.model)
         before = earlier() if earlier else None
         if before is not None:
-            for hook in (before._note, *before._hooks.values()):
+            for hook in (before._note, *before._steps, *before._hooks.values()):
                 hook.remove()
         _in_charge[self._stack.model] = weakref.ref(self)
 
@@ -143,7 +141,7 @@ class GradientAveraging:
         wrapper = _wrapper_of(self._stack.model)
         is_held_back = wrapper is not None and not wrapper.require_backward_grad_sync
         if self._is_paused or is_held_back:
-            self._is_pending = self._sees_steps
+            self._is_pending = bool(self._steps)
             return
         if world_size() == 1:
             return
