@@ -131,3 +131,14 @@ def test_what_could_not_be_run_says_why():
 def test_what_is_not_a_number_is_a_dash(value):
     page = gated(entry("gpt2-wiki2-conventional", bits_per_byte=value))
     assert cells_of(page, "conventional")[4] == "-"
+
+
+def test_the_gates_that_were_passed_are_said_and_what_they_do_not_show():
+    learned = {"masked_accuracy": 0.3}
+    page = page_of(
+        entry("bert-wiki2-conventional", **learned, test_perplexity=200.0),
+        entry("bert-wiki2-shallow", **learned, test_perplexity=202.0),
+    )
+    assert (
+        "masked accuracy 0.300 (gate: 0.25), but all layers beat a quarter of them by 1.0%" in page
+    )

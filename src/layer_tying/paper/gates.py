@@ -61,6 +61,20 @@ def problem(comparison: str, rows: Rows) -> str | None:
     return None
 
 
+def passed(comparison: str, rows: Rows) -> str:
+    """What the conventional side of a comparison that is shown has reached, in a sentence's end."""
+    gate, worth = GATES[comparison], worth_of_depth(comparison, rows)
+    depth = "" if worth is None else f"all layers beat a quarter of them by {worth:.1%}"
+    if gate.figure is None:
+        return f"{depth} (gate: {DEPTH:.0%})"
+    side = CONVENTIONAL.get(comparison, "conventional")
+    what, reached = gate.figure.replace("_", " "), rows[f"{comparison}-{side}"][gate.figure]
+    says = f"conventional training reached {what} {reached:.3f} (gate: {gate.least})"
+    if worth is not None and worth < DEPTH:
+        return f"{says}, but {depth}, so that sharing cannot be judged by it"
+    return says
+
+
 def _problem_of_depth(comparison: str, rows: Rows) -> str | None:
     worth = worth_of_depth(comparison, rows)
     if worth is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 from layer_tying.data.glue import FORMATS
-from layer_tying.paper.gates import GATES, problem, worth_of_depth
+from layer_tying.paper.gates import GATES, passed, problem, worth_of_depth
 from layer_tying.paper.rows import SUBWORDS, TYINGS
 from layer_tying.report.markdown import markdown_table
 from layer_tying.tasks.metrics import METRICS
@@ -65,6 +65,7 @@ def results_page(results: dict[str, Any], findings: Iterable[str] = ()) -> str:
         "# Results",
         *_answer(shown),
         *_not_shown(missing),
+        *_gates_passed(rows, missing),
         *_section("WikiText-2: rivals and ablations", _rivals(shown)),
         *(PICTURES if f"{WIKITEXT}-dynamic" in shown else ()),
         *_section("Other texts", _language(shown)),
@@ -132,6 +133,15 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
 
 def _ratio(row: Summary, conventional: Summary, key: str) -> float:
     return row[key] / conventional[key]
+
+
+def _gates_passed(rows: dict[str, Summary], missing: dict[str, str]) -> list[str]:
+    lines = [
+        f"- {gate.about}: {passed(name, rows)}."
+        for name, gate in GATES.items()
+        if name not in missing
+    ]
+    return ["Shown, because the conventional side has learned:", "\n".join(lines)] if lines else []
 
 
 def _not_shown(missing: dict[str, str]) -> list[str]:
