@@ -37,6 +37,7 @@ from layer_tying.core.find import find_layers
 from layer_tying.runs.config import OptimizationConfig, read_config
 from layer_tying.runs.processes import Job, train_all
 from layer_tying.runs.tasks import task_of
+from layer_tying.tasks.base import Task
 
 OURS: dict[str, dict[str, Any]] = {
     "compress": {"sharing": "mixture"},
@@ -59,9 +60,9 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sets", nargs="+", type=int, default=[4, 6])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3])
+    parser.add_argument("--rates", nargs="+", type=float, help="default: the teacher's, and twice")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="of healing; default: a tenth of the teacher's")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     rows = [row for row in rows_so_far(options.output) if "error" not in row]
@@ -92,14 +93,15 @@ def _gates(options: argparse.Namespace) -> Iterator[Case]:
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     """What to measure. A model from scratch has its teacher's learning rate."""
-    for seed, sets, rate, method, teacher in product(
-        options.seeds, options.sets, options.rates, options.methods, options.teachers
+    for seed, sets, method, name in product(
+        options.seeds, options.sets, options.methods, options.teachers
     ):
-        case = {"teacher": teacher, "method": method, "sets": sets, "steps": options.steps}
-        if method != SCRATCH:
+        teacher = TEACHERS[name]
+        steps = options.steps or teacher.steps // 10
+        rates = options.rates or [teacher.rate, 2 * teacher.rate]
+        for rate in [teacher.rate] if method == SCRATCH else rates:
+            case = {"teacher": name, "method": method, "sets": sets, "steps": steps}
             yield {**case, "lr": rate, "seed": seed}
-        elif rate == options.rates[0]:
-            yield {**case, "lr": TEACHERS[teacher].rate, "seed": seed}
 
 
 def measure(case: Case) -> Case:
@@ -114,8 +116,8 @@ def _from_scratch(folder: Path) -> Case:
     return {
         "parameters": summary["trainable_parameters_end"],
         "seconds": round(summary["steps"] * summary["seconds_per_step"], 2),
-        "validation": summary["validation_perplexity"],
-        "test": summary["test_perplexity"],
+        **{split: summary[f"{split}_perplexity"] for split in SPLITS},
+        **{f"{split}_accuracy": summary.get(f"{split}_accuracy") for split in SPLITS},
     }
 
 
@@ -133,23 +135,32 @@ def _healed(case: Case, folder: Path) -> Case:
     healing = Healing(teacher, student, reading, optimization, settings, outcome_of=outcome_of)
     healing.start_from(batches)
     deciding = time.perf_counter() - began
-    before = {split: task.scores(teacher, split)["perplexity"] for split in SPLITS}
+    before = _scores(task, teacher, "_before")
     tied = task.scores(student, "validation")["perplexity"]
     began = time.perf_counter()
     while healing.step < healing.num_steps:
         healing.train_step(next(task.batches))
     seconds = time.perf_counter() - began
-    after = {split: task.scores(student, split)["perplexity"] for split in SPLITS}
     return {
         "reading": list(reading),
         "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_before": sum(p.numel() for p in teacher.parameters()),
         "seconds_deciding": round(deciding, 2),
         "seconds": round(seconds, 2),
-        **{f"{split}_before": value for split, value in before.items()},
+        **before,
         "validation_tied": tied,
-        **after,
+        **_scores(task, student),
     }
+
+
+def _scores(task: Task, model: PreTrainedModel, when: str = "") -> Case:
+    """Perplexities, and accuracies where the task has one."""
+    found: Case = {}
+    for split in SPLITS:
+        scores = task.scores(model, split)
+        found[f"{split}{when}"] = scores["perplexity"]
+        found[f"{split}_accuracy{when}"] = scores.get("accuracy")
+    return found
 
 
 def _student(

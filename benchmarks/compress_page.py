@@ -31,9 +31,9 @@ HOW = (
     "objective: nine tenths of the divergence from the untouched model's outputs, one tenth of "
     "the ordinary loss. Learning rates are chosen on validation with the first seed, where "
     "several were tried; a seed of healing is its order of data and what is drawn at random. "
-    "Ratios are of perplexities per byte. Times were taken while other work ran: compare them "
-    "roughly. `make bench-compress` goes on measuring what is missing and writes this page from "
-    "`benchmarks/results/compress.json`."
+    "Ratios are of perplexities: per byte, or, of a ViT, per image. Times were taken while other "
+    "work ran: compare them roughly. `make bench-compress` goes on measuring what is missing and "
+    "writes this page from `benchmarks/results/compress.json`."
 )
 SEARCH = "searches only such groups."
 WHAT = {
@@ -115,9 +115,10 @@ def _mean(rows: Sequence[Case], name: str) -> float:
 
 
 def _untouched(rows: Sequence[Case], teacher: str) -> Mapping[str, float]:
-    """The teacher's perplexities."""
+    """The teacher's perplexities, and its accuracy if it has one."""
     row = next(r for r in rows if r["teacher"] == teacher and "test_before" in r)
-    return {split: row[f"{split}_before"] for split in ("validation", "test")}
+    names = ("validation", "test", "test_accuracy")
+    return {name: row[f"{name}_before"] for name in names if row.get(f"{name}_before") is not None}
 
 
 def _findings(key: tuple[str, int], groups: Groups) -> list[str]:
@@ -184,7 +185,12 @@ def _where(found: Mapping[str, Any]) -> str:
 def _table(groups: Groups, untouched: Mapping[str, float]) -> str:
     heads = ["method", "before healing", "after, test", "of untouched", "parameters"]
     heads += ["seconds", "learning rate", "seeds"]
-    return markdown_table(heads, (_cells(*group, untouched) for group in groups.items()))
+    lines = [_cells(*group, untouched) for group in groups.items()]
+    if all(row.get("test_accuracy") for rows in groups.values() for row in rows):
+        heads.append(f"accuracy ({untouched['test_accuracy']:.3f} untouched)")
+        for line, rows in zip(lines, groups.values(), strict=True):
+            line.append(f"{_mean(rows, 'test_accuracy'):.3f}")
+    return markdown_table(heads, lines)
 
 
 def short_table(sections: Mapping[tuple[str, int], Groups]) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import Case
-from quality_settings import SETTINGS, Setting
+from quality_settings import SETTINGS, Flags
 
+from layer_tying.paper.rows import recipes
 from layer_tying.runs.config import TrainConfig
 
 SCRATCH = "trained from scratch"
+ITS_OWN = ("exp", "output_dir")  # what a run is called, and where it lies
 
 
 @dataclass(frozen=True)
@@ -18,32 +21,49 @@ class Teacher:
     """A model that is trained here, to be compressed.
 
     Attributes:
-        setting: one of the benchmark of sharing, wider: the data and the flags.
-        rate: its learning rate.
+        what: it is, in a few words for the page.
+        flags: of `layer-tying train`, but where the run lies.
+        cut: writes the data into a folder, where they are a part of a text.
     """
 
-    setting: Setting
-    rate: float
+    what: str
+    flags: Flags
+    cut: Callable[[Path], None] | None = None
 
     @property
     def depth(self) -> int:
         """Its layers."""
-        return self.setting.depth
+        return self.flags["nlayers"]
 
     @property
     def steps(self) -> int:
         """It was trained for."""
-        return self.setting.flags["max_steps"]
+        return self.flags["max_steps"]
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate."""
+        return self.flags["lr"]
 
     @property
     def about(self) -> str:
-        """What it is, for the page."""
-        return f"{self.depth} layers x {self.setting.flags['emsize']}, {self.steps:,} steps"
+        """Its shape and training, for the page."""
+        width = self.flags["emsize"]
+        return f"{self.what} of {self.depth} layers x {width}, {self.steps:,} steps"
+
+
+def of_the_paper(name: str) -> Flags:
+    """The flags of a conventional row of the paper at its small scale."""
+    flags = recipes("small")[name].flat()
+    return {name: value for name, value in flags.items() if name not in ITS_OWN}
 
 
 TEXT = SETTINGS["wiki2-bytes"]
+WIDER = {"emsize": 128, "nhead": 4, "lr": 1.5e-3, "policy": "none"}
 TEACHERS = {
-    "text": Teacher(replace(TEXT, flags={**TEXT.flags, "emsize": 128, "nhead": 4}), rate=1.5e-3),
+    "text": Teacher("Llama on bytes", {**TEXT.flags, **WIDER}, TEXT.cut),
+    "vit": Teacher("ViT on CIFAR-10", of_the_paper("vit-cifar10-conventional")),
+    "bert": Teacher("BERT on masked bytes", of_the_paper("bert-wiki2-conventional")),
 }
 
 
@@ -53,15 +73,15 @@ def run_of(folder: Path, case: Case) -> TrainConfig:
     A model from scratch trains for the teacher's steps and those of healing.
     """
     teacher = TEACHERS[case["teacher"]]
-    flags = {**teacher.setting.flags, "lr": teacher.rate, "policy": "none"}
+    flags = dict(teacher.flags)
     name = case["teacher"]
     if case["method"] == SCRATCH:
         name += f"-{case['sets']}-{case['steps']}-{case['seed']}"
         flags |= {"nlayers": case["sets"], "seed": case["seed"]}
         flags["max_steps"] += case["steps"]
-    if teacher.setting.cut:
+    if teacher.cut:
         data = folder / "data"
         if not data.exists():
-            teacher.setting.cut(data)
+            teacher.cut(data)
         flags["dataset"] = str(data)
     return TrainConfig.from_flat(**flags, output_dir=str(folder), exp=name)

@@ -94,6 +94,23 @@ def test_a_model_from_scratch_has_the_steps_of_its_teacher_and_of_healing(tmp_pa
     assert teacher.folder != small.folder
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_is_a_run_that_ties_nothing_yet(name, tmp_path):
+    (tmp_path / "data").mkdir()
+    case = {"teacher": name, "method": "compress", "sets": 4, "steps": 10, "seed": 0}
+    run = run_of(tmp_path, case)
+    assert (run.tying.policy, run.folder) == ("none", tmp_path / name)
+
+
+def test_images_have_their_accuracy_beside_the_perplexity(tmp_path):
+    accuracy = {"test_accuracy_before": 0.66, "test_accuracy": 0.61}
+    rows = [row("compress", teacher="vit", **accuracy)]
+    line = next(x for x in page(rows, tmp_path).splitlines() if x.startswith("| **compress**"))
+    assert line.split("|")[-2].strip() == "0.610"
+    assert "accuracy (0.660 untouched)" in page(rows, tmp_path)
+    assert "accuracy" not in page([row("compress")], tmp_path).split("## text")[1]
+
+
 def test_the_page_is_up_to_date():
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     sections = compress_page.sections_of(found["rows"])
