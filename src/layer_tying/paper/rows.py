@@ -136,7 +136,7 @@ def bert(side: str, scale: str, folder: str) -> TrainConfig:
     if scale == "paper":
         changes |= {"nlayers": 12, "nhead": 12, "emsize": 768, "tokenizer": "bert-base-uncased"}
     else:
-        changes |= {"batch_size": 16, "lr": 1e-3, "max_steps": 5000}
+        changes |= {"batch_size": 64, "lr": 2e-3, "init_std": 0.04, "max_steps": 5000}
     changes |= _side(side, scale, changes.get("nlayers"))
     return _row(f"bert-wiki2-{side}", scale, folder, **changes)
 
