@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from low_rank import cut_ranks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,34 +74,11 @@ def least_influential_dropped(
 
 
 def low_rank(teacher: PreTrainedModel, number: int, **_: Any) -> Student:
-    """Every matrix of every layer is cut to a rank with which all take as much as so many layers.
-
-    The factors are those of the truncated singular value decomposition, U sqrt(S) and sqrt(S) V'.
-    """
+    """Every matrix is cut to a rank with which all layers take as much as so many whole ones."""
     student = copy.deepcopy(teacher)
     blocks = find_layers(student).blocks
-    share = number / len(blocks)
-    for block in blocks:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                rows, columns = module.weight.shape
-                rank = max(1, int(share * rows * columns / (rows + columns)))
-                parent, attribute = name.rpartition(".")[::2]
-                setattr(block.get_submodule(parent), attribute, _factors(module, rank))
+    cut_ranks(blocks, number / len(blocks))
     return student, tuple(range(len(blocks)))
-
-
-def _factors(module: nn.Linear, rank: int) -> nn.Sequential:
-    left, values, right = torch.linalg.svd(module.weight.detach(), full_matrices=False)
-    root = values[:rank].sqrt()
-    inner = nn.Linear(module.in_features, rank, bias=False)
-    outer = nn.Linear(rank, module.out_features, bias=module.bias is not None)
-    with torch.no_grad():
-        inner.weight.copy_(root[:, None] * right[:rank])
-        outer.weight.copy_(left[:, :rank] * root)
-        if module.bias is not None:
-            outer.bias.copy_(module.bias)
-    return nn.Sequential(inner, outer)
 
 
 def _with_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> Student:

@@ -26,7 +26,7 @@ from typing import Any
 
 from quality_page import write_page
 from quality_rows import NAMES, Run, best_rate, row_of
-from quality_settings import SETTINGS, Setting, claimed, methods_of, tuned
+from quality_settings import SETTINGS, Setting, claimed, command_of, methods_of, tuned
 
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
@@ -98,7 +98,10 @@ def train_runs(runs: Iterable[Run], options: argparse.Namespace) -> None:
         if not ended.code:
             report(left[job.name], job, options)
 
-    jobs = [Job(config_of(run, options), name) for name, run in left.items()]
+    jobs = [
+        Job(config_of(run, options), name, command=command_of(SETTINGS[run[0]], run[1]))
+        for name, run in left.items()
+    ]
     logs = options.folder / "logs"
     train_all(jobs, options.processes, options.threads, on_end=on_end, resume=True, logs=logs)
 

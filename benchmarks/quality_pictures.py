@@ -18,6 +18,7 @@ from layer_tying.report.style import STYLE
 KINDS = {  # prefix of a method -> name, marker, colour (of Okabe and Ito)
     "plain": ("conventional, labelled with its layers", "s", "#000000"),
     "narrow": ("conventional, of half the width", "D", "#000000"),
+    "low": ("conventional, of low rank", "v", "#000000"),
     "mixture": ("learned mixtures", "*", "#D55E00"),
     "bandit": ("bandit", "^", "#CC79A7"),
     "dqn": ("the paper's agent", "X", "#0072B2"),

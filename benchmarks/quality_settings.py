@@ -5,12 +5,14 @@ To add a setting, add its record to `SETTINGS`; to add a method, a line to `meth
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layer_tying.data.texts import load_texts
+from layer_tying.runs.processes import COMMAND
 
 Flags = Mapping[str, Any]
 
@@ -70,11 +72,20 @@ def methods_of(setting: Setting) -> dict[str, Flags]:
         methods[f"{name}-{k}"] = flags
         methods[f"{name}-{k}, 1/n"] = flags | {"residual_scaling": 1.0}
     methods[f"mixture-{k}, unscaled"] = {"policy": "mixture", "groups": k, "residual_scaling": 0.0}
+    methods[f"low-rank-{k}"] = {"policy": "none"}
     methods["narrow"] = {"policy": "none", "emsize": setting.flags["emsize"] // 2}
     methods["random"] = {"policy": "random", "settle": 0.5}
     methods["dqn"] = {"policy": "dqn"}
     methods[f"bandit-{k}"] = {"policy": "bandit", "budget_layers": k}
     return methods
+
+
+def command_of(setting: Setting, method: str) -> tuple[str, ...]:
+    """The command that trains a method."""
+    if not method.startswith("low-rank"):
+        return COMMAND
+    share = setting.sets[0] / setting.depth
+    return sys.executable, str(Path(__file__).with_name("low_rank.py")), str(share)
 
 
 def claimed(setting: Setting) -> list[str]:

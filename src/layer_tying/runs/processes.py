@@ -33,11 +33,13 @@ class Job:
         config: the run.
         name: what the others call it.
         after: names of jobs that have to end well before this one starts.
+        command: that trains it, given flags of `layer-tying train`.
     """
 
     config: TrainConfig
     name: str
     after: tuple[str, ...] = ()
+    command: tuple[str, ...] = COMMAND
 
     @property
     def is_done(self) -> bool:
@@ -165,7 +167,7 @@ class _Children:
             return
         file = self.folder / f"{len(self.ended) + len(self.running)}.json"
         file.write_text(job.config.to_json(), encoding="utf-8")
-        command = [*COMMAND, "--config", str(file)]
+        command = [*job.command, "--config", str(file)]
         if self.overwrite:
             command.append("--overwrite")
         elif self.resume and (job.config.folder / "config.json").exists():
