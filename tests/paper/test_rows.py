@@ -32,6 +32,7 @@ def test_every_row_is_there_under_its_name(scale):
     expected = [f"{pair}-{side}" for pair in pairs for side in sides]
     ablations = ("final", "permuted", "frozen", "retrained")
     expected += [f"gpt2-wiki2-{name}" for name in (*ablations, "random", "cycle", "mixture")]
+    expected += ["bert-wiki2-mixture", "vit-cifar10-mixture"]
     if scale == "small":
         expected += [f"gpt2-subwords-{side}" for side in sides]
     for task in ("sst2", "cola", "qnli", "mrpc", "rte"):

@@ -54,7 +54,7 @@ def test_every_row_stands_in_a_table():
     # GLUE has a line a metric, and one for the layers, instead of one a row.
     other = [name for name in recipes("small") if not name.startswith("glue")]
     assert len(lines) == heads + len(other) + (5 + 5 + 2)
-    assert "43 runs took 43.0 hours" in page
+    assert "45 runs took 45.0 hours" in page
     assert "Not shown" not in page
 
 
@@ -109,6 +109,17 @@ def test_seeds_are_averaged_with_their_deviation():
     assert cells[-1] == "2" and "Seeds: 0, 1" in page
 
 
+def test_a_row_of_one_seed_is_compared_with_the_conventional_run_of_that_seed():
+    page = gated(
+        entry("gpt2-wiki2-conventional", test_perplexity=200.0),
+        entry("gpt2-wiki2-conventional", test_perplexity=100.0) | {"seed": 1},
+        entry("gpt2-wiki2-mixture", test_perplexity=110.0) | {"seed": 1},
+    )
+    cells = cells_of(page, "learned mixtures, uses scaled by 1/n")
+    assert cells[1:3] == ["110.000", "110.0%"]  # and not 73 % of the mean
+    assert "Learned mixtures of a quarter of the layers have 1.100 times" in page
+
+
 def test_glue_stands_by_task_and_tying():
     page = page_of(
         entry("glue-cola-keep", data={"majority_share": 0.691}),
@@ -142,3 +153,17 @@ def test_the_gates_that_were_passed_are_said_and_what_they_do_not_show():
     assert (
         "masked accuracy 0.300 (gate: 0.25), but all layers beat a quarter of them by 1.0%" in page
     )
+
+
+def test_the_opening_says_what_sharing_costs_in_bert_where_it_was_run():
+    learned = {"masked_accuracy": 0.6}
+    sides = {"conventional": 200.0, "shallow": 240.0, "dynamic": 250.0, "mixture": 210.0}
+    rows = [entry(f"bert-wiki2-{s}", **learned, test_perplexity=x) for s, x in sides.items()]
+    page = gated(*rows)
+    assert (
+        "BERT, masked tokens of WikiText-2: the agent has 1.250 times the conventional "
+        "perplexity, a quarter of the layers 1.200, learned mixtures 1.050."
+    ) in page.partition("Shown, because")[0]
+    assert "(gate: 0.25), and all layers beat a quarter of them by 20.0%" in page
+    assert cells_of(page, "BERT, masked tokens of WikiText-2, learned mixtures, uses scaled by 1/n")
+    assert "ViT, CIFAR-10: the agent" not in page

@@ -70,9 +70,11 @@ def passed(comparison: str, rows: Rows) -> str:
     side = CONVENTIONAL.get(comparison, "conventional")
     what, reached = gate.figure.replace("_", " "), rows[f"{comparison}-{side}"][gate.figure]
     says = f"conventional training reached {what} {reached:.3f} (gate: {gate.least})"
-    if worth is not None and worth < DEPTH:
+    if worth is None:
+        return says
+    if worth < DEPTH:
         return f"{says}, but {depth}, so that sharing cannot be judged by it"
-    return says
+    return f"{says}, and {depth}"
 
 
 def _problem_of_depth(comparison: str, rows: Rows) -> str | None:

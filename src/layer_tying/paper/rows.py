@@ -66,8 +66,8 @@ def recipes(scale: str, output_dir: str | None = None, seed: int = 0) -> dict[st
         retrained(scale, folder),
         permuted(scale, folder),
         without_tying(scale, folder),
-        *(bert(side, scale, folder) for side in triple),
-        *(vit(side, scale, folder) for side in triple),
+        *(bert(side, scale, folder) for side in (*triple, "mixture")),
+        *(vit(side, scale, folder) for side in (*triple, "mixture")),
         *(glue(task, tying, scale, folder) for task in TASKS for tying in TYINGS),
     ]
     return {row.logging.exp: row.replace(seed=row.seed + seed) for row in rows}
