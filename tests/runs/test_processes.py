@@ -13,7 +13,6 @@ import pytest
 from small_runs import in_process, small, write_text
 
 from layer_tying.errors import InputError
-from layer_tying.runs import processes
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.processes import Ended, Job, train_all
 
@@ -21,10 +20,13 @@ LIGHT = (sys.executable, str(Path(__file__).parents[1] / "light_child.py"))
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(processes, "COMMAND", LIGHT)
+def here(tmp_path) -> Path:
     write_text(tmp_path)
     return tmp_path
+
+
+def light(config: TrainConfig, name: str, after: tuple[str, ...] = ()) -> Job:
+    return Job(config, name, after, command=LIGHT)
 
 
 def short(folder: Path, **changes) -> TrainConfig:
@@ -34,8 +36,10 @@ def short(folder: Path, **changes) -> TrainConfig:
 def test_a_job_starts_after_those_that_it_needs_and_what_is_done_stays(here):
     source = str(here / "runs/first")
     jobs = [
-        Job(short(here, exp="second").replace(policy="fixed", source=source), "second", ("first",)),
-        Job(short(here, exp="first"), "first"),
+        light(
+            short(here, exp="second").replace(policy="fixed", source=source), "second", ("first",)
+        ),
+        light(short(here, exp="first"), "first"),
     ]
     order = []
     ended = train_all(jobs, processes=2, threads=1, on_end=lambda job, _: order.append(job.name))
@@ -46,7 +50,7 @@ def test_a_job_starts_after_those_that_it_needs_and_what_is_done_stays(here):
     with pytest.raises(InputError, match=r"second holds a run: .*--resume"):
         train_all(jobs)
     with pytest.raises(InputError, match=r"lr is 0\.003 in one and 0\.5"):
-        train_all([Job(jobs[1].config.replace(lr=0.5), "first")], resume=True)
+        train_all([light(jobs[1].config.replace(lr=0.5), "first")], resume=True)
     assert train_all(jobs, resume=True) == ended
     after = [job.config.folder.joinpath("summary.json").stat().st_mtime_ns for job in jobs]
     assert after == before
@@ -54,9 +58,9 @@ def test_a_job_starts_after_those_that_it_needs_and_what_is_done_stays(here):
 
 def test_a_failure_ends_those_that_need_it_and_says_why(here):
     jobs = [
-        Job(short(here, exp="bad", dataset=str(here / "no-such.txt")), "bad"),
-        Job(short(here, exp="needs"), "needs", after=("bad",)),
-        Job(short(here, exp="good"), "good"),
+        light(short(here, exp="bad", dataset=str(here / "no-such.txt")), "bad"),
+        light(short(here, exp="needs"), "needs", after=("bad",)),
+        light(short(here, exp="good"), "good"),
     ]
     ended = train_all(jobs, threads=1, logs=here / "logs", keep_going=True)
     assert ended["bad"].code == 2
@@ -69,8 +73,7 @@ def test_a_failure_ends_those_that_need_it_and_says_why(here):
 
 def interrupt_when_saved(folder: Path) -> None:
     """Start two long runs, and send this process a signal once both wait for one."""
-    processes.COMMAND = LIGHT
-    jobs = [Job(small(folder, exp=exp, max_steps=100_000), exp) for exp in "ab"]
+    jobs = [light(small(folder, exp=exp, max_steps=100_000), exp) for exp in "ab"]
     if os.fork() == 0:
         while not all((job.config.folder / "started").exists() for job in jobs):
             time.sleep(0.05)
@@ -79,7 +82,7 @@ def interrupt_when_saved(folder: Path) -> None:
     codes = {}
     try:
         train_all(
-            [*jobs, Job(small(folder, exp="c"), "c")],
+            [*jobs, light(small(folder, exp="c"), "c")],
             processes=2,
             threads=1,
             logs=folder / "logs",
