@@ -9,6 +9,7 @@ import torch
 from small_runs import crashed_at, lines_of, small, traces_of, trainer_of, write_text
 
 from layer_tying.cli import main
+from layer_tying.errors import InputError
 from layer_tying.runs.defaults import OPEN
 from layer_tying.runs.evaluate import evaluate_run
 from layer_tying.runs.precision import usual_precision
@@ -77,3 +78,18 @@ def test_a_trainer_goes_on_from_its_state_dict(here):
     found = [other.train_step(), other.decide(), other.train_step()]
     assert found == expected
     assert other.layers.tying == one.layers.tying
+
+
+@pytest.mark.parametrize(
+    ("groups", "owners"), [(None, "01010101"), (3, "01201201"), (8, "01234567")]
+)
+def test_a_mixture_has_as_many_sets_as_it_is_asked_for(here, groups, owners):
+    trainer = trainer_of(small(here, policy="mixture", nlayers=8, groups=groups))
+    assert "".join(map(str, trainer.layers.tying.owners)) == owners
+
+
+def test_a_mixture_of_one_set_or_of_more_than_there_are_layers_is_refused(here):
+    with pytest.raises(InputError, match="two independent layers or more"):
+        trainer_of(small(here, policy="mixture", nlayers=8, groups=1))
+    with pytest.raises(InputError, match="9"):
+        trainer_of(small(here, policy="mixture", nlayers=8, groups=9))

@@ -41,7 +41,7 @@ class TyingConfig:
     every: int = 50
     """k, the optimizer steps between decisions"""
     groups: int | None = None
-    """number of groups of a static pattern that needs one"""
+    """number of groups of a static pattern that needs one, or of shared sets of policy mixture"""
     owners: str | None = None
     """the pattern of --policy fixed, such as 0,0,2,2"""
     source: str | None = None
