@@ -50,8 +50,9 @@ PICTURES = (
     "![Validation perplexity against tokens](images/results-curves.png)",
     "![Which layer uses whose weights, over the agent's decisions](images/results-tying.png)",
     "Above: validation perplexity against tokens, with the standard deviation where a method has "
-    "several seeds. Below: whose weights each layer uses after each decision of the paper's agent; "
-    "a stroke marks an independent layer.",
+    "several seeds; the legend says how many, which are those whose run folders were at hand. "
+    "Below: whose weights each layer uses after each decision of the paper's agent; a stroke marks "
+    "an independent layer.",
 )
 
 
