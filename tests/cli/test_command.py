@@ -233,15 +233,30 @@ def test_compare(here):
     assert "policy" in complaint(here, "compare", *SMALL, "--policies", "none,dqm")
 
 
-def test_what_is_compared_without_a_choice(here, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        experiments,
-        "train_all",
-        lambda jobs, **_: {job.name: Ended(asked.setdefault(job.name, 3)) for job in jobs},
-    )
+@pytest.fixture
+def compared(here, monkeypatch):
+    """What a comparison would train, by name; each of its runs fails at once with code 3."""
+    configs = {}
+
+    def train_all(jobs, **_):
+        configs.update({job.name: job.config for job in jobs})
+        return {job.name: Ended(3) for job in jobs}
+
+    monkeypatch.setattr(experiments, "train_all", train_all)
+    return configs
+
+
+def test_what_is_compared_without_a_choice(compared):
     assert main(["compare", "--residual-scaling", "0.5"]) == 3  # it is not of none and dqn
-    assert list(asked) == ["none", "dqn", "mixture"]
+    assert list(compared) == ["none", "dqn", "mixture"]
+
+
+def test_a_comparison_hands_the_number_of_groups_to_those_that_take_one(compared):
+    policies = "none,all,dqn,bandit,cycle,mixture,sandwich-4"
+    assert main(["compare", "--policies", policies, "--groups", "3"]) == 3
+    found = {name: config.tying.groups for name, config in compared.items()}
+    taken = {"bandit": 3, "cycle": 3, "mixture": 3, "sandwich-4": 4}
+    assert found == {"none": None, "all": None, "dqn": None, **taken}
 
 
 # How it ends

@@ -13,7 +13,7 @@ from layer_tying.models.config import FAMILIES
 from layer_tying.runs.config import FREE, SETTINGS, TrainConfig, first_difference, read_config
 from layer_tying.runs.defaults import as_saved, settle, with_changes
 from layer_tying.runs.resolve import usual_settings
-from layer_tying.runs.tying_config import POLICIES
+from layer_tying.runs.tying_config import POLICIES, takes_groups
 
 COUNT = st.integers(1, 10_000)
 SHARE = st.floats(0, 1)
@@ -43,7 +43,7 @@ VALID = st.fixed_dictionaries(
         "gradient": st.sampled_from(["sum", "owner"]),
         "checkpointing": st.booleans(),
     },
-)
+).filter(lambda values: values.get("groups") is None or takes_groups(values["policy"], ""))
 
 
 @given(VALID)
@@ -125,6 +125,9 @@ REFUSED = [
     ({"shared_init": "scaled", "sharing": "frozen", "policy": "dqn"}, "frozen"),
     ({"shared_init": "scaled", "policy": "dqn", "initial": "frozen"}, "frozen"),
     ({"shared_init": "scaled", "task": "sst2", "source": "a-run"}, "task"),
+    *[({"policy": name, "groups": 3}, name) for name in ("dqn", "random", "none", "all", "repeat")],
+    ({"policy": "bandit", "groups": 3, "initial": "all"}, "from all"),
+    ({"policy": "cycle", "groups": 3, "initial": "sequence"}, "--initial"),
     ({"permute": 0}, "mixture"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],

@@ -88,6 +88,13 @@ def test_a_mixture_has_as_many_sets_as_it_is_asked_for(here, groups, owners):
     assert "".join(map(str, trainer.layers.tying.owners)) == owners
 
 
+def test_the_bandit_and_a_named_start_have_as_many_groups_as_they_are_asked_for(here):
+    trainer = trainer_of(small(here, policy="bandit", nlayers=8, groups=4))
+    assert trainer.layers.tying.owners == (0, 1, 1, 1, 4, 4, 4, 7)
+    trainer = trainer_of(small(here, policy="random", initial="cycle", nlayers=8, groups=3))
+    assert trainer.layers.tying.owners == (0, 1, 2, 0, 1, 2, 0, 1)
+
+
 def test_a_mixture_of_one_set_or_of_more_than_there_are_layers_is_refused(here):
     with pytest.raises(InputError, match="two independent layers or more"):
         trainer_of(small(here, policy="mixture", nlayers=8, groups=1))

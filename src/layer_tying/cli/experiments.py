@@ -20,7 +20,7 @@ from layer_tying.policies import POLICIES as RECORDS
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.processes import Job, train_all
-from layer_tying.runs.tying_config import DECIDING, POLICIES
+from layer_tying.runs.tying_config import DECIDING, POLICIES, takes_groups
 from layer_tying.tasks.metrics import METRICS
 
 INTERRUPTED = 130
@@ -131,7 +131,7 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
         Job(
             options.config.replace(
                 exp=f"{options.config.logging.exp}/{name}",
-                **_left_out(str(settings["policy"])) | settings,
+                **_left_out(str(settings["policy"]), options.config.tying.initial) | settings,
             ),
             name,
         )
@@ -171,12 +171,19 @@ def _method(name: str) -> dict[str, Any]:
     return {"policy": policy, "groups": int(number)}
 
 
-def _left_out(policy: str) -> dict[str, Any]:
-    """The settings of other policies, which a comparison has as well."""
+def _left_out(policy: str, initial: str) -> dict[str, Any]:
+    """The settings of other policies, which a comparison has as well.
+
+    Args:
+        policy: the name of a policy.
+        initial: what those that decide start from in this comparison.
+    """
     tying = set(POLICIES) - {"none"}  # conventional training has no budget
     belong = {
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
         **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
+        "groups": {name for name in POLICIES if takes_groups(name, initial)},
+        "initial": DECIDING,
         "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others bring their own
         **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
     }

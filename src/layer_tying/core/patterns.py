@@ -16,10 +16,12 @@ class Pattern:
     Attributes:
         labels: from L layers and M groups to a label for each layer; equal labels share weights.
         default_groups: M where none is given; None where it has to be.
+        takes_groups: whether another M can be chosen.
     """
 
     labels: Callable[[int, int], Iterable[int]]
     default_groups: Callable[[int], int] | None = None
+    takes_groups: bool = True
 
 
 def _sandwich(num_layers: int, num_groups: int) -> list[int]:
@@ -49,16 +51,22 @@ def _middle_loop(num_layers: int, num_groups: int) -> list[int]:
 
 PATTERNS = {
     # Conventional training: every layer has weights of its own.
-    "none": Pattern(lambda layers, _: range(layers), default_groups=lambda layers: layers),
+    "none": Pattern(
+        lambda layers, _: range(layers), default_groups=lambda layers: layers, takes_groups=False
+    ),
     # One layer for all (ALBERT, Lan et al. 2020).
-    "all": Pattern(lambda layers, _: [0] * layers, default_groups=lambda _: 1),
+    "all": Pattern(
+        lambda layers, _: [0] * layers, default_groups=lambda _: 1, takes_groups=False
+    ),
     # Takase and Kiyono 2021.
     "sequence": Pattern(lambda layers, groups: (i * groups // layers for i in range(layers))),
     "cycle": Pattern(lambda layers, groups: (i % groups for i in range(layers))),
     "cycle-reverse": Pattern(_cycle_reverse),
     # Each layer twice in a row (MobileLLM, Liu et al. 2024).
     "repeat": Pattern(
-        lambda layers, _: (i // 2 for i in range(layers)), default_groups=lambda layers: layers // 2
+        lambda layers, _: (i // 2 for i in range(layers)),
+        default_groups=lambda layers: layers // 2,
+        takes_groups=False,
     ),
     # Subformer (Reid et al. 2021): first and last independent, the others one group, or M - 2.
     "sandwich": Pattern(_sandwich, default_groups=lambda layers: min(3, layers)),

@@ -13,6 +13,7 @@ import torch
 from layer_tying.core.patterns import pattern
 from layer_tying.core.tying import Rules
 from layer_tying.models.families import FAMILIES
+from layer_tying.policies import POLICIES
 from layer_tying.policies.base import Policy
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.defaults import settle
@@ -71,10 +72,9 @@ def _settle_start(config: TrainConfig, rules: Rules) -> TrainConfig:
     """What a policy starts from, where that was left open, and in how many groups."""
     tying = config.tying
     if tying.policy in DECIDING and not tying.initial:
-        policy = policy_of(tying, config.seed)
-        start = policy.start(rules)
-        if policy.mixes and tying.groups:  # as many shared sets as were asked for
-            start = pattern("cycle", start.num_layers, tying.groups)
+        start = policy_of(tying, config.seed).start(rules)
+        if tying.groups:
+            start = pattern(POLICIES[tying.policy].start, start.num_layers, tying.groups)
         return settle(config, tyings=(owners_text(start),))
     groups = usual_groups(tying, rules)
     return settle(config, groups=groups) if groups else config

@@ -41,7 +41,8 @@ class TyingConfig:
     every: int = 50
     """k, the optimizer steps between decisions"""
     groups: int | None = None
-    """number of groups of a static pattern that needs one, or of shared sets of policy mixture"""
+    """number of groups of a pattern that needs one, be it static or what a policy starts from, or
+    of shared sets of policy mixture"""
     owners: str | None = None
     """the pattern of --policy fixed, such as 0,0,2,2"""
     source: str | None = None
@@ -122,6 +123,16 @@ class TyingConfig:
         ties_statically = self.policy in ("fixed", *PATTERNS) and self.policy != "none"
         if self.owners is not None and self.policy != "fixed":
             raise InputError(f"owners: --owners goes with policy fixed, not with {self.policy}")
+        if self.groups is not None and not takes_groups(self.policy, self.initial):
+            start = f" from {self.initial}" if self.initial else ""
+            raise InputError(
+                f"groups: --groups goes with a pattern that needs a number, such as cycle, "
+                f"not with policy {self.policy}{start}"
+            )
+        if self.initial and self.policy not in DECIDING:
+            raise InputError(
+                f"initial: --initial goes with {', '.join(DECIDING)}, not with policy {self.policy}"
+            )
         if self.permute is not None and self.policy != "recorded":
             raise InputError(f"permute goes with policy recorded, not with {self.policy}")
         if self.layer_price is not None and self.policy != "bandit":
@@ -171,3 +182,9 @@ class TyingConfig:
         """Whether a layer that is not independent may be frozen instead of tied."""
         starts_frozen = self.policy in DECIDING and self.initial == "frozen"
         return self.sharing == "frozen" or starts_frozen
+
+
+def takes_groups(policy: str, initial: str) -> bool:
+    """Whether a run starts from a pattern whose number of groups can be chosen."""
+    start = (initial or DECIDING_RECORDS[policy].start) if policy in DECIDING else policy
+    return start in PATTERNS and PATTERNS[start].takes_groups
