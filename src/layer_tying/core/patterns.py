@@ -55,9 +55,7 @@ PATTERNS = {
         lambda layers, _: range(layers), default_groups=lambda layers: layers, takes_groups=False
     ),
     # One layer for all (ALBERT, Lan et al. 2020).
-    "all": Pattern(
-        lambda layers, _: [0] * layers, default_groups=lambda _: 1, takes_groups=False
-    ),
+    "all": Pattern(lambda layers, _: [0] * layers, default_groups=lambda _: 1, takes_groups=False),
     # Takase and Kiyono 2021.
     "sequence": Pattern(lambda layers, groups: (i * groups // layers for i in range(layers))),
     "cycle": Pattern(lambda layers, groups: (i % groups for i in range(layers))),
