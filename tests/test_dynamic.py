@@ -376,7 +376,7 @@ def test_a_mixture_learns_by_gradient_and_never_decides():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_independent": 1}, "two independent layers or more.* bandit, dqn and random"),
+        ({"max_independent": 1}, "two independent layers or more.* another policy"),
         ({"initial": "all"}, "two independent layers or more"),
         ({"scheduled": True}, "make the scheduler afterwards"),
     ],
@@ -391,3 +391,56 @@ def test_a_mixture_that_cannot_be_is_refused_before_anything_changes(options, sa
         DynamicTying(model, optimizer, **options)
     torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
     assert len(optimizer.param_groups) == 1
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("mixture", {"every": 0}),
+        ("mixture", {"gradient": "owner"}),
+        ("mixture", {"initial": "all"}),
+        ("dqn", {"max_independent": 0, "gradient": "owner"}),
+        ("dqn", {"residual_scaling": 1.0, "residual_outputs": ["drop*"], "initial": "twist"}),
+    ],
+)
+def test_what_is_refused_leaves_no_option_behind(policy, options):
+    """The model is then read, and tied later, as if nothing had been tried."""
+    model, untouched = gpt2(), gpt2()
+    untouched.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(InputError):
+        DynamicTying(model, optimizer, policy, **options)
+    layers = tie(model, "cycle", 3, optimizer=optimizer)
+    assert (layers.settings.residual_scaling, layers.settings.gradient) == (0.0, "sum")
+    tie(untouched, "cycle", 3)
+    assert loss_of(model) == loss_of(untouched)
+
+
+def test_residual_scaling_knows_where_gpt2_writes():
+    tying = make(gpt2(), residual_scaling=1.0)
+    assert tying.layers.settings.residual_outputs == ("attn.c_proj", "mlp.c_proj")
+    other = make(Plain(), residual_scaling=1.0, residual_outputs=["attention"])
+    assert other.layers.settings.residual_outputs == ("attention",)
+    with pytest.raises(InputError, match="residual_outputs names the modules"):
+        make(Plain(), residual_scaling=1.0)
+
+
+def test_a_state_of_more_layers_than_are_allowed_is_refused():
+    saved = make(policy=RandomPolicy(), initial="none").state_dict()
+    tying = make(policy=RandomPolicy(), max_independent=2)
+    with pytest.raises(InputError, match="over the budget of 2"):
+        tying.load_state_dict(saved)
+    assert tying.tying == Tying.all_tied(6)
+
+
+def test_losses_of_low_precision_are_averaged_in_float32():
+    losses = [3.0, 3.015625, 3.03125, 3.046875]  # bf16 has these, and not their mean
+    script = Script((0,) * 6, (0,) * 6, reward="training_loss")
+    tying = make(policy=script, every=4)
+    tying.step(torch.tensor(3.0))
+    for loss in losses:
+        tying.step(torch.tensor(loss, dtype=torch.bfloat16))
+    assert script.told[-1][2] == -sum(losses) / 4

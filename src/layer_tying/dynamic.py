@@ -25,8 +25,9 @@ from layer_tying.core.layers import Layers
 from layer_tying.core.mixtures import check_mixable, refuse_schedulers
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
-from layer_tying.core.tied_layers import Options, TiedLayers
+from layer_tying.core.tied_layers import Options, tied_layers
 from layer_tying.core.tying import Rules, Tying
+from layer_tying.core.tying_settings import settings_of
 from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
@@ -78,21 +79,15 @@ class DynamicTying:
         options.setdefault("inherit", policy.inherit)
         if initial is None and policy.residual_scaling:
             options.setdefault("residual_scaling", policy.residual_scaling)
+        if options.get("residual_scaling") and not settings_of(model).residual_outputs:
             options.setdefault("residual_outputs", _known_residual_outputs(model))
         distributed.check_in_sync(model, distributed.START_ALIKE)
-        layers = TiedLayers(model, optimizer, **options)
-        if policy.mixes and not layers.mixtures:
-            refuse_schedulers(layers.optimizers)
-        outputs = options.get("residual_outputs")
-        self._begin(
-            layers,
-            policy,
-            total_steps=total_steps,
-            every=every,
-            initial=initial,
-            max_independent=max_independent,
-            residual_outputs=outputs,
-        )
+        with tied_layers(model, optimizer, **options) as layers:
+            if policy.mixes and not layers.mixtures:
+                refuse_schedulers(layers.optimizers)
+                layers.settings.but(mixes=True)  # raises before anything has changed
+            self._prepare(layers, policy, total_steps, every, max_independent)
+            self._start_from(initial, options.get("residual_outputs"))
         if distributed.world_size() > 1:
             self._averaging = GradientAveraging(layers.stack, layers.optimizers)
 
@@ -108,22 +103,19 @@ class DynamicTying:
     ) -> DynamicTying:
         """Let a policy decide over layers that are prepared already, from the tying they have."""
         self = cls.__new__(cls)
-        self._begin(
-            layers, policy, total_steps=total_steps, every=every, max_independent=max_independent
-        )
+        self._prepare(layers, policy, total_steps, every, max_independent)
+        self._start_from("keep")
         return self
 
-    def _begin(
+    def _prepare(
         self,
         layers: Layers,
         policy: Policy,
-        *,
         total_steps: int | None,
         every: int,
         max_independent: int | None,
-        initial: str | Tying | None = "keep",
-        residual_outputs: Sequence[str] | None = None,
     ) -> None:
+        """Set when there are decisions, and which are allowed; the layers stay as they are."""
         if every < 1:
             raise InputError(f"every is the number of steps between decisions, got {every}")
         self.layers: Layers = layers
@@ -132,21 +124,27 @@ class DynamicTying:
         self.every = every
         self.num_steps = 0
         self._settled_after = math.inf
-        num_decisions = None
+        self._num_decisions: int | None = None
         if total_steps is not None:
             self._settled_after = math.ceil((1 - policy.settles) * total_steps)
-            num_decisions = math.ceil(self._settled_after / every)
+            self._num_decisions = math.ceil(self._settled_after / every)
         elif policy.settles == 1.0:
             self._settled_after = 0
         kinds = layers.rules.kinds
         self.rules = Rules(kinds, len(kinds) if max_independent is None else max_independent)
         self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
         self._losses: list[Tensor] = []  # of the steps since the last decision
-        start = self._start(initial)
+
+    def _start_from(
+        self, initial: str | Tying | None, residual_outputs: Sequence[str] | None = None
+    ) -> None:
+        """Check the tying to start from, then bring the layers to it."""
+        layers, policy = self.layers, self.policy
+        start = self._tying_of(initial)
         self.rules.check(start)
         if policy.mixes:
-            check_mixable(layers.stack, start)
-        policy.reset(start, self.rules, num_decisions)
+            check_mixable(layers.stack, start.num_independent)
+        policy.reset(start, self.rules, self._num_decisions)
         divides = initial is None and policy.divides_initial_weights
         outputs: Sequence[str] = ()
         if divides:
@@ -158,7 +156,7 @@ class DynamicTying:
         if policy.mixes:
             layers.mix()
 
-    def _start(self, initial: str | Tying | None) -> Tying:
+    def _tying_of(self, initial: str | Tying | None) -> Tying:
         if initial is None:
             return self.policy.start(self.rules)
         if isinstance(initial, Tying):
@@ -252,7 +250,7 @@ class DynamicTying:
         """Learn from the last decision, if it still waits for its reward."""
         if self.policy.reward == "training_loss":
             device = self._losses[-1].device  # those of a resumed run lie on the CPU
-            mean = torch.stack([loss.to(device) for loss in self._losses]).mean()
+            mean = torch.stack([loss.float().to(device) for loss in self._losses]).mean()
             self._losses.clear()
             return self.learn(-float(mean))
         if self._waiting:
@@ -308,7 +306,8 @@ class DynamicTying:
         model and the optimizer may have fewer parameters than were saved.
 
         Raises:
-            InputError: if it is the state of another policy, or of a model that differs.
+            InputError: if it is the state of another policy, of a model that differs, or of more
+                independent layers than are allowed.
         """
         policy_class = type(self.policy).__name__
         if state["policy_class"] != policy_class:
@@ -316,7 +315,9 @@ class DynamicTying:
                 f"the saved state is of another policy, {state['policy_class']}: "
                 f"it cannot go on with {policy_class}"
             )
-        self.layers.apply(Tying(tuple(state["owners"])))
+        tying = Tying(tuple(state["owners"]))
+        self.rules.check(tying)
+        self.layers.apply(tying)
         self.num_steps = state["num_steps"]
         self._waiting = None
         if state["waiting"]:

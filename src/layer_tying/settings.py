@@ -22,7 +22,8 @@ def check_types(group: Any) -> None:
         value, allowed = getattr(group, each.name), alternatives(hints[each.name])
         if any(_is_a(value, kind) for kind in allowed):
             continue
-        choices = [choice for kind in allowed for choice in get_args(kind) if choice]
+        literals = [kind for kind in allowed if get_origin(kind) is Literal]
+        choices = [choice for kind in literals for choice in get_args(kind) if choice]
         if choices:
             raise InputError(f"{each.name} is one of {', '.join(choices)}; got {value!r}")
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)

@@ -253,10 +253,13 @@ def test_what_is_compared_without_a_choice(compared):
 
 def test_a_comparison_hands_the_number_of_groups_to_those_that_take_one(compared):
     policies = "none,all,dqn,bandit,cycle,mixture,sandwich-4"
-    assert main(["compare", "--policies", policies, "--groups", "3"]) == 3
+    flags = ["--groups", "3", "--gradient", "owner"]
+    assert main(["compare", "--policies", policies, *flags]) == 3
     found = {name: config.tying.groups for name, config in compared.items()}
     taken = {"bandit": 3, "cycle": 3, "mixture": 3, "sandwich-4": 4}
     assert found == {"none": None, "all": None, "dqn": None, **taken}
+    sums = [name for name, config in compared.items() if config.tying.gradient == "sum"]
+    assert sums == ["mixture"]
 
 
 # How it ends

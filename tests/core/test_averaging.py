@@ -306,3 +306,18 @@ def test_unequal_models_are_refused_on_every_rank():
         structure, values = said.splitlines()
         assert "embed.weight differs between processes" in structure
         assert "seed them alike" in values
+
+
+def layers_that_are_frozen() -> bool:
+    """Whether a backward pass ends in which only DDP's parameters have gradients."""
+    torch.manual_seed(0)
+    model = Plain()
+    model.blocks.requires_grad_(False)
+    DynamicTying(model, torch.optim.SGD(model.head.parameters(), lr=0.1), RandomPolicy(0))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    my_loss(wrapped, 0).backward()
+    return model.head.weight.grad is not None
+
+
+def test_frozen_layers_leave_nothing_to_average():
+    assert on_ranks(2, layers_that_are_frozen) == [True, True]

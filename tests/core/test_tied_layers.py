@@ -284,3 +284,38 @@ def test_a_group_goes_on_with_what_most_of_its_layers_used(seed, num_before, num
 def test_an_unknown_way_to_inherit_is_refused():
     with pytest.raises(InputError, match="inherit is 'first' or 'majority', got 'last'"):
         TiedLayers(Plain(), inherit="last")
+
+
+def test_training_goes_on_where_memory_ran_out_for_one_of_the_copies(monkeypatch):
+    """The layers that could not be untied stay tied, and the optimizer holds what there is."""
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = TiedLayers(model, optimizer)
+    layers.apply(Tying.all_tied(6))
+    copy, copied = layers._copy, []
+
+    def copy_twice(parameters):
+        if len(copied) == 2:
+            raise torch.OutOfMemoryError("no room")
+        copied.append(parameters)
+        return copy(parameters)
+
+    monkeypatch.setattr(layers, "_copy", copy_twice)
+    with pytest.raises(torch.OutOfMemoryError):
+        layers.apply(Tying.independent(6))
+    assert layers.tying == Tying((0, 1, 2, 0, 0, 0))
+    layers.verify()
+    assert_storage_is(model, layers.tying)
+    assert_books_agree(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizer)
+    assert not any(map(torch.equal, before, model.parameters()))
+    monkeypatch.undo()
+    layers.apply(Tying.independent(6))
+    layers.verify()
+
+
+@pytest.mark.parametrize("name", ["untied", "residual_outputs"])
+def test_a_text_where_patterns_are_wanted_is_refused(name):
+    with pytest.raises(InputError, match=rf"{name} is a list.*: write \['\*norm\*'\]"):
+        TiedLayers(Plain(), **{name: "*norm*"})

@@ -1,7 +1,9 @@
 """The callback of transformers' Trainer: ties, saves, and goes on exactly where it stopped."""
 
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +23,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layer_tying import DynamicTying, InputError, RandomPolicy, TiedLayers, Tying
-from layer_tying.integrations.trainer import FOLDER, DynamicTyingCallback, _batch_reward
+from layer_tying.integrations.rewards import batch_reward
+from layer_tying.integrations.trainer import FOLDER, DynamicTyingCallback
 
 
 class Stream(IterableDataset):
@@ -226,13 +229,17 @@ def test_the_reward_is_a_batchs_loss_and_draws_no_random_number_of_the_trainings
     run = trainer(tmp_path, ours, make=gpt2, max_steps=1)
     run.train()
     loader = run.get_train_dataloader()
+    collate = loader.collate_fn
+    loader.collate_fn = lambda examples: (random.random(), np.random.rand(), collate(examples))[-1]
     state, model = torch.get_rng_state(), run.model.eval()
+    others = random.getstate(), str(np.random.get_state())
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's too"))
-    rewards = [_batch_reward(run.args, run.state, model, loader) for _ in range(2)]
+    rewards = [batch_reward(run.args, run.state, model, loader) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), str(np.random.get_state())) == others
     assert rewards[0] == rewards[1] and not model.training
     run.state.global_step = 2
-    assert _batch_reward(run.args, run.state, model, loader) != rewards[0], "another batch"
+    assert batch_reward(run.args, run.state, model, loader) != rewards[0], "another batch"
     losses = torch.stack(
         [
             model(s["input_ids"][None], labels=s["labels"][None]).loss
@@ -319,3 +326,32 @@ def test_a_conventional_run_is_tied_from_where_it_is_resumed(tmp_path):
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == STEPS
     assert isinstance(ours.dynamic, DynamicTying)
+
+
+@pytest.mark.parametrize("policy", ["bandit", "random", "mixture"])
+def test_evaluations_are_no_reward_for_policies_that_do_not_learn_from_them(policy):
+    with pytest.raises(InputError, match="reward='eval_loss' is for policies that learn"):
+        DynamicTyingCallback(policy, reward="eval_loss")
+
+
+def test_an_evaluation_after_training_is_not_a_reward(tmp_path):
+    run = trainer(tmp_path, callback(reward="eval_loss", every=4), eval_strategy="steps")
+    run.train()
+    before = len(history(run))
+    assert "test_loss" in run.evaluate(run.eval_dataset, metric_key_prefix="test")
+    assert len([e for e in history(run)[before:] if e["tying_reward"] is not None]) == 0
+
+
+def test_of_several_evaluation_sets_the_first_is_the_reward(tmp_path):
+    run = trainer(tmp_path, callback(reward="eval_loss", every=4), eval_strategy="steps")
+    run.eval_dataset = {"one": run.eval_dataset, "other": run.eval_dataset}
+    run.train()
+    losses = {e["step"]: e["eval_one_loss"] for e in run.state.log_history if "eval_one_loss" in e}
+    rewards = {e["step"]: e["tying_reward"] for e in history(run) if e["tying_reward"] is not None}
+    assert rewards and all(-losses[step] == reward for step, reward in rewards.items())
+
+
+def test_a_policy_that_learns_from_training_losses_needs_the_models(tmp_path):
+    run = trainer(tmp_path, callback(policy="bandit"), label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        run.train()

@@ -252,6 +252,18 @@ def test_scaled_shared_layers_add_as_much_together_as_one_layer_would(kind):
         assert rows == [32] * len(divided)  # those that map to the residual stream's width
 
 
+def test_what_a_layer_keeps_for_itself_is_divided_as_well():
+    model = build("gpt2", untied=["*bias"])
+    layers = TiedLayers(model, untied=["*bias"])
+    for block in layers.stack.blocks:
+        torch.nn.init.ones_(block.mlp.c_proj.bias)
+    divide_initial_weights(layers.stack, layers.tying, ["mlp.c_proj"])
+    uses = [len(layers.tying.groups[owner]) for owner in layers.tying.owners]
+    found = [block.mlp.c_proj.bias for block in layers.stack.blocks]
+    for bias, number in zip(found, uses, strict=True):
+        assert bias.tolist() == pytest.approx([1 / number] * len(bias))
+
+
 def test_scaling_names_what_a_layer_has_where_nothing_matches():
     layers = TiedLayers(build("gpt2"))
     before = {n: p.detach().clone() for n, p in layers.parameters(0).items()}

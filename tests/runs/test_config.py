@@ -13,7 +13,7 @@ from layer_tying.models.config import FAMILIES
 from layer_tying.runs.config import FREE, SETTINGS, TrainConfig, first_difference, read_config
 from layer_tying.runs.defaults import as_saved, settle, with_changes
 from layer_tying.runs.resolve import usual_settings
-from layer_tying.runs.tying_config import POLICIES, takes_groups
+from layer_tying.runs.tying_config import POLICIES, TyingConfig, takes_groups
 
 COUNT = st.integers(1, 10_000)
 SHARE = st.floats(0, 1)
@@ -44,6 +44,11 @@ VALID = st.fixed_dictionaries(
         "checkpointing": st.booleans(),
     },
 ).filter(lambda values: values.get("groups") is None or takes_groups(values["policy"], ""))
+
+
+def test_a_value_of_another_type_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"tyings is of type tuple, got \['0,0'\]"):
+        TyingConfig(tyings=["0,0"])
 
 
 @given(VALID)

@@ -79,3 +79,10 @@ def test_uses_are_scaled_in_the_forward_pass_of_any_pattern(folder):
     assert scaled["test_perplexity"] != plain["test_perplexity"]
     again = evaluate_run(small(folder, exp="scaled", **fixed).folder, "test")
     assert again["perplexity"] == pytest.approx(scaled["test_perplexity"], rel=1e-6)
+
+
+def test_gradients_of_the_owner_only_are_refused_before_anything_is_written(folder):
+    config = small(folder, exp="owner", **MIXTURE, gradient="owner")
+    with pytest.raises(InputError, match="gradient 'owner'"):
+        train(config)
+    assert not config.folder.exists() or not any(config.folder.glob("*.json"))

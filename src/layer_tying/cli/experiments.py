@@ -184,6 +184,7 @@ def _left_out(policy: str, initial: str) -> dict[str, Any]:
         **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
         "groups": {name for name in POLICIES if takes_groups(name, initial)},
         "initial": DECIDING,
+        "gradient": {*POLICIES} - {"mixture"},
         "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others bring their own
         **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
     }

@@ -206,6 +206,8 @@ class GradientAveraging:
     def _finish(self) -> None:
         """Send what backward has left, and put the means in place."""
         self._backward = lambda: None
+        if not self._buckets:  # DistributedDataParallel holds all that has a gradient
+            return
         while self._num_sent < len(self._buckets):
             self._send_next()
         for index in sorted(self._incomplete):

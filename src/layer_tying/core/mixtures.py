@@ -14,7 +14,7 @@ again in the backward pass. What is stored is M sets and L x M numbers for each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from layer_tying.core.distributed import held_here, is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
 from layer_tying.core.gather import replicated_as
+from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.tying import Tying
 from layer_tying.core.weight_access import read_mixed, stored
 from layer_tying.errors import InputError
@@ -52,7 +53,7 @@ class Mixtures:
     """
 
     def __init__(self, stack: LayerStack, tying: Tying) -> None:
-        check_mixable(stack, tying)
+        check_mixable(stack, tying.num_independent)
         owners = tying.independent_layers
         self._stack = stack
         self._owners = owners
@@ -78,6 +79,14 @@ class Mixtures:
         """All coefficients, layer by layer."""
         return (vector for layer in self.coefficients for vector in layer.values())
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """All coefficients by their names in the model, in the same order."""
+        return {
+            f"{block}.{name}{MIXTURE}": vector
+            for block, layer in zip(self._stack.names, self.coefficients, strict=True)
+            for name, vector in layer.items()
+        }
+
     def matrices(self) -> dict[str, Tensor]:
         """[L, M] the coefficients of each matrix, by its name within a layer, detached."""
         return {
@@ -86,17 +95,19 @@ class Mixtures:
         }
 
 
-def check_mixable(stack: LayerStack, tying: Tying) -> None:
-    """Raise an InputError if layers with this tying cannot mix their shared weights."""
-    if tying.num_independent < 2:
-        problem = f"a mixture needs two independent layers or more, and the tying is {tying}"
+def check_mixable(stack: LayerStack, num_sets: int) -> None:
+    """Raise an InputError if these layers cannot mix so many sets of shared weights."""
+    if num_sets < 2:
+        problem = f"a mixture needs two independent layers or more, got {num_sets}"
     elif len(set(stack.kinds)) > 1:
         problem = "the layers of this model differ, and a mixture needs equal ones"
     elif all(stored(slot).ndim < 2 for slot in stack.slots[0].values()):
         problem = f"{stack.names[0]} has no matrix to mix"
     else:
         return
-    raise InputError(f"{problem}; the policies bandit, dqn and random do not mix")
+    raise InputError(
+        f"{problem}; tie the layers instead, by another policy or with sharing='tied' of compress"
+    )
 
 
 def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
@@ -122,12 +133,40 @@ def refuse_schedulers(optimizers: Iterable[Optimizer]) -> None:
             )
 
 
-def add_to_optimizer(mixtures: Mixtures, optimizer: Optimizer) -> None:
-    """Give an optimizer the coefficients, in a ``param_group`` of their own."""
-    group = {
-        "params": list(mixtures),
-        "lr": LEARNING_RATE_FACTOR * optimizer.param_groups[0]["lr"],
-        "weight_decay": 0.0,
-        FACTOR_KEY: LEARNING_RATE_FACTOR,
-    }
-    optimizer.add_param_group(group)
+def add_to_optimizers(mixtures: Mixtures, optimizers: Sequence[Optimizer]) -> None:
+    """Give one of the optimizers the coefficients, in a ``param_group`` of their own.
+
+    Where an optimizer was made with all parameters of a model that mixes already, they are taken
+    out of its other groups. Otherwise the first one gets them that holds vectors: some, such as
+    Muon, take matrices only.
+
+    Raises:
+        InputError: if that optimizer has a scheduler, which cannot take one more group.
+    """
+    coefficients = {id(p) for p in mixtures}
+    for optimizer in optimizers:
+        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+        if any(group and group <= coefficients for group in groups):
+            return
+        if any(group & coefficients for group in groups):
+            _add_group(mixtures, optimizer)
+            return
+    _add_group(mixtures, next(filter(_holds_vectors, optimizers), optimizers[0]))
+
+
+def _holds_vectors(optimizer: Optimizer) -> bool:
+    return any(p.ndim < 2 for group in optimizer.param_groups for p in group["params"])
+
+
+def _add_group(mixtures: Mixtures, optimizer: Optimizer) -> None:
+    refuse_schedulers([optimizer])
+    first = optimizer.param_groups[0]
+    OptimizerState(optimizer).remove(mixtures.named())
+    optimizer.add_param_group(
+        {
+            "params": list(mixtures.named().items() if "param_names" in first else mixtures),
+            "lr": LEARNING_RATE_FACTOR * first["lr"],
+            "weight_decay": 0.0,
+            FACTOR_KEY: LEARNING_RATE_FACTOR,
+        }
+    )

@@ -51,10 +51,11 @@ def divide_initial_weights(stack: LayerStack, tying: Tying, outputs: Sequence[st
         InputError: if a layer has no module of such a name; then nothing has changed.
     """
     modules = residual_modules(stack, outputs)
-    for owner, users in tying.groups.items():
-        for module in modules[owner]:
-            for parameter in module.parameters():
-                parameter.data /= len(users)
+    for users in tying.groups.values():
+        # What a layer keeps for itself, such as a bias that is not tied, is divided as well.
+        of_the_group = {p: None for layer in users for m in modules[layer] for p in m.parameters()}
+        for parameter in of_the_group:
+            parameter.data /= len(users)
 
 
 def factors(tying: Tying, power: float) -> list[float]:

@@ -11,7 +11,9 @@ its hooks and its slot in the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import nn
@@ -19,7 +21,7 @@ from torch.optim import Optimizer
 
 from layer_tying.core.distributed import held_here
 from layer_tying.core.find import LayerStack, find_layers
-from layer_tying.core.mixtures import Mixtures, add_to_optimizer, refuse_schedulers
+from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
@@ -31,6 +33,7 @@ from layer_tying.core.weight_access import (
     refuse_sharded,
     scale_output,
     store,
+    tying_in_use,
 )
 from layer_tying.errors import InputError, InvariantError
 
@@ -100,7 +103,7 @@ class TiedLayers:
         self._states = [OptimizerState(each) for each in optimizers]
         self._remove_from_optimizers()
         self._add_to_optimizers()
-        self.mixtures = Mixtures(self.stack, self.tying) if settings.mixes else None
+        self.mixtures = self._mixtures() if settings.mixes else None
         self._set_weight_access()
         remember_settings(model, settings)
 
@@ -121,16 +124,18 @@ class TiedLayers:
     def apply(self, tying: Tying) -> None:
         """Change to another tying, as one transition from the weights in use now.
 
-        A layer that becomes independent goes on from the weights it used (the model computes the
-        same function, unless others join it and ``inherit`` is ``"majority"``); a layer that is
-        tied drops its own weights, gradient and optimizer state. What is dropped is freed before
-        anything is copied, and nothing is copied that could be taken over: memory never rises above
-        the larger of before and after.
+        A layer that becomes independent goes on from the weights it used: the model computes the
+        same function, unless others join it and ``inherit`` is ``"majority"``, or 1/n residual
+        scaling has another n. A layer that is tied drops its own weights, gradient and optimizer
+        state. What is dropped is freed before anything is copied, and nothing is copied that could
+        be taken over: memory never rises above the larger of before and after.
 
         Call it between optimizer steps, with gradients cleared.
 
         Raises:
             InputError: if the tying does not fit the model; then nothing has changed.
+            torch.OutOfMemoryError: if there is no room for a layer's own weights. Training can go
+                on, with those tied that could not be untied.
         """
         self.rules.check(tying)
         if tying == self.tying:
@@ -151,35 +156,45 @@ class TiedLayers:
         self.drop_optimizer_state(self._layers_that_lose_state(sources))
         for layer, owner in enumerate(tying.owners):
             self._point(layer, old[sources[owner][0]])
-        for owner, (source, needs_copy) in sources.items():
-            if needs_copy:
-                copies = self._copy(old[source])
-                for layer in tying.groups[owner]:
-                    self._point(layer, copies)
-        self.tying = tying
-        self._add_to_optimizers()
-        self._set_weight_access()
+        try:
+            for owner, (source, needs_copy) in sources.items():
+                if needs_copy:
+                    copies = self._copy(old[source])
+                    for layer in tying.groups[owner]:
+                        self._point(layer, copies)
+        finally:  # where memory has run out, layers stay tied that were to be independent
+            self.tying = self._tying_in_storage()
+            self._add_to_optimizers()
+            self._set_weight_access()
 
     def mix(self) -> Mixtures:
         """Let the layers learn mixtures of the shared weights; their tying then stays as it is.
 
-        The coefficients are added to the optimizer, if there is one: without weight decay, and with
-        a higher learning rate (see ``Mixtures``). Schedulers of learning rates are made later.
+        The coefficients are added to the optimizer, if there is one (of several, to the first that
+        holds vectors): without weight decay, and with a higher learning rate (see ``Mixtures``).
+        Schedulers of learning rates are made later.
 
         Raises:
-            InputError: if there are fewer than two independent layers, or the layers differ, or the
-                optimizer has a scheduler of learning rates already.
+            InputError: if there are fewer than two independent layers, or the layers differ, the
+                optimizer has a scheduler of learning rates already, or gradients are the owner's
+                only.
         """
         if self.mixtures is None:
             refuse_sharded(self.stack.model)
-            refuse_schedulers(self.optimizers[:1])
-            self.mixtures = Mixtures(self.stack, self.tying)
-            for optimizer in self.optimizers[:1]:
-                add_to_optimizer(self.mixtures, optimizer)
-            self.settings = self.settings.but(mixes=True)
+            refuse_schedulers(self.optimizers)
+            settings = self.settings.but(mixes=True)
+            self.mixtures = self._mixtures()
+            self.settings = settings
             self._set_weight_access()
-            remember_settings(self.stack.model, self.settings)
+            remember_settings(self.stack.model, settings)
         return self.mixtures
+
+    def _mixtures(self) -> Mixtures:
+        """New coefficients, or those of a model that mixes already, in one of the optimizers."""
+        mixtures = Mixtures(self.stack, self.tying)
+        if self.optimizers:
+            add_to_optimizers(mixtures, self.optimizers)
+        return mixtures
 
     def verify(self) -> None:
         """Check that state and storage agree.
@@ -207,14 +222,15 @@ class TiedLayers:
                 state.drop(self.parameters(layer).values())
 
     def _tying_in_storage(self) -> Tying:
-        """The tying that the parameters' identities show."""
-        ids = [
-            tuple(id(p) for p in self.parameters(i).values()) for i in range(len(self.stack.names))
-        ]
-        tying = Tying.from_labels(ids)
+        """The tying that the parameters' identities show.
+
+        Raises:
+            InputError: if layers share some of their parameters and not all.
+        """
+        tying = tying_in_use(self.stack)
         seen: dict[int, int] = {}
         for layer in tying.independent_layers:
-            for identity in set(ids[layer]):
+            for identity in {id(p) for p in self.parameters(layer).values()}:
                 if identity in seen:
                     one, other = self.stack.names[seen[identity]], self.stack.names[layer]
                     raise InputError(
@@ -311,8 +327,26 @@ def tie(
     Raises:
         InputError: if the layers or the tying do not fit; then nothing has changed.
     """
+    with tied_layers(model, optimizer, **options) as layers:
+        if isinstance(tying, str):
+            tying = pattern(tying, layers.tying.num_layers, num_groups)
+        layers.apply(tying)
+        return layers
+
+
+@contextmanager
+def tied_layers(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    **options: Unpack[Options],
+) -> Iterator[TiedLayers]:
+    """``TiedLayers``, whose options the model forgets again if what is done with them fails."""
+    before = settings_of(model)
     layers = TiedLayers(model, optimizer, **options)
-    if isinstance(tying, str):
-        tying = pattern(tying, layers.tying.num_layers, num_groups)
-    layers.apply(tying)
-    return layers
+    try:
+        yield layers
+    except BaseException:
+        read_as_they_are(chain.from_iterable(layers._residual_modules))
+        remember_settings(model, before)
+        TiedLayers(model)
+        raise

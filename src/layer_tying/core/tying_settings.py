@@ -66,6 +66,14 @@ class TyingSettings:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"{name} is {' or '.join(map(repr, choices))}, got {value!r}")
+        for name in ("untied", "residual_outputs"):
+            if isinstance(value := getattr(self, name), str):
+                raise InputError(f"{name} is a list of name patterns: write [{value!r}]")
+        if self.mixes and self.gradient == "owner":
+            raise InputError(
+                "gradient 'owner' is of tied layers: those that mix the shared weights all "
+                "contribute to the gradient, take 'sum'"
+            )
 
     def but(self, **changes: Any) -> TyingSettings:
         """The same settings but for some."""

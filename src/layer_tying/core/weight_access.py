@@ -36,6 +36,7 @@ from layer_tying.core.find import MIXTURE, LayerStack, Slot
 from layer_tying.core.gather import gather
 from layer_tying.core.gather_mixed import gather_mixed
 from layer_tying.core.mix import mix
+from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 
 FACTOR = "_residual_factor"  # where a scaled module keeps its factor, a 0-dimensional tensor
@@ -126,6 +127,13 @@ def store(slot: Slot, parameter: nn.Parameter) -> None:
         module._parameters[attribute] = parameter  # torch would read it first, and thus gather it
     else:
         setattr(module, attribute, parameter)  # recurrent networks take note of it
+
+
+def tying_in_use(stack: LayerStack) -> Tying:
+    """The tying that the identities of the layers' parameters show."""
+    return Tying.from_labels(
+        [tuple(id(stored(slot)) for slot in slots.values()) for slots in stack.slots]
+    )
 
 
 def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:

@@ -23,13 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from layer_tying.core import distributed
@@ -38,11 +35,11 @@ from layer_tying.core.find import MIXTURE, LayerStack, find_layers
 from layer_tying.core.weight_access import weights_as_read
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
+from layer_tying.integrations.rewards import batch_reward, evaluation_reward, refuse_reward
 from layer_tying.integrations.schedule import joining
 from layer_tying.policies import make_policy
 from layer_tying.policies.base import Policy
 from layer_tying.saving import checkpoint
-from layer_tying.tasks.evaluation import evaluating
 
 FOLDER = "layer_tying"  # inside a checkpoint's
 
@@ -62,7 +59,7 @@ class DynamicTyingCallback(TrainerCallback):
         every: k, the number of optimizer steps from one decision to the next.
         reward: for policies that learn from evaluations. ``"batch"``: minus the loss of a training
             batch, drawn at random after the decision; ``"eval_loss"``: minus that of the first
-            evaluation after it.
+            evaluation after it (of several evaluation sets, the first one's).
         options: any other option of ``DynamicTying``, such as ``initial="none"`` to tie down a
             pretrained model.
 
@@ -70,7 +67,8 @@ class DynamicTyingCallback(TrainerCallback):
         dynamic: the ``DynamicTying`` at work; None before training.
 
     Raises:
-        InputError: if the reward is unknown; when training starts, if something does not fit.
+        InputError: if the reward is unknown, or not for this policy; when training starts, if
+            something does not fit.
     """
 
     def __init__(
@@ -87,11 +85,17 @@ class DynamicTyingCallback(TrainerCallback):
         self._reward = reward
         if isinstance(policy, str):
             policy = make_policy(policy, seed=options.pop("seed", 0))
+        if reward == "eval_loss" and policy.reward != "evaluation":
+            raise InputError(
+                f"reward='eval_loss' is for policies that learn from evaluations, such as dqn: "
+                f"{type(policy).__name__} does not"
+            )
         self._options: dict[str, Any] = {"policy": policy, "every": every, **options}
         self._run = uuid.uuid4().hex  # tells this run's checkpoints from others'
         self._losses: list[Tensor] = []  # of the batches since the last optimizer step
         self._are_shares = False  # of a batch's loss, to be added up, not averaged
         self._hooks: list[Any] = []
+        self._is_training = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
@@ -108,7 +112,7 @@ class DynamicTyingCallback(TrainerCallback):
         model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
         _refuse_devices(args, model)
         if self._options["policy"].reward == "evaluation":
-            _refuse_reward(args, self._reward, at_hand["train_dataloader"])
+            refuse_reward(args, self._reward, at_hand["train_dataloader"])
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         saved = _saved_with(args, state)
         if saved:
@@ -131,13 +135,14 @@ class DynamicTyingCallback(TrainerCallback):
             self._run = distributed.from_rank_0(self._run)
             self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
         self._attach(model, optimizer, sizes)
+        self._is_training = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
     ) -> None:
         """Decide, where that is due."""
         assert self.dynamic
-        measure = partial(_batch_reward, args, state, at_hand["model"], at_hand["train_dataloader"])
+        measure = partial(batch_reward, args, state, at_hand["model"], at_hand["train_dataloader"])
         reward = measure if self._reward == "batch" else None
         decision = self.dynamic.step(self._loss_of_step(args), reward)
         if decision:
@@ -147,12 +152,11 @@ class DynamicTyingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at_hand: Any
     ) -> None:
         """Let the agent learn from the evaluation, if it is to."""
-        if self.dynamic is None or self._reward != "eval_loss":
+        metrics = {k: v for k, v in at_hand["metrics"].items() if k.startswith("eval_")}
+        if not (self._is_training and self._reward == "eval_loss" and metrics):
             return
-        if "eval_loss" not in at_hand["metrics"]:
-            found = ", ".join(at_hand["metrics"])
-            raise InputError(f"reward='eval_loss', but the evaluation gave only {found}")
-        measured, event = self.dynamic.learn(-at_hand["metrics"]["eval_loss"])
+        assert self.dynamic
+        measured, event = self.dynamic.learn(evaluation_reward(metrics))
         if measured is not None or event:
             self._log(state, tying_reward=measured, tying_event=event)
 
@@ -182,6 +186,7 @@ class DynamicTyingCallback(TrainerCallback):
     ) -> None:
         """Where the Trainer has loaded the best weights, give them the tying that they had."""
         assert self.dynamic
+        self._is_training = False
         if args.load_best_model_at_end and state.best_model_checkpoint:
             best = checkpoint.read_checkpoint(Path(state.best_model_checkpoint) / FOLDER)
             self.dynamic.layers.apply(best.tying)
@@ -210,6 +215,12 @@ class DynamicTyingCallback(TrainerCallback):
     def _note_loss(self, model: nn.Module, _: Any, options: dict[str, Any], output: Any) -> None:
         """No event of the Trainer's is told the loss of a step; the model's output has it."""
         if model.training and torch.is_grad_enabled():
+            if output.get("loss") is None:
+                raise InputError(
+                    "the policy learns from training losses, and the model's output has none: "
+                    "leave out label_smoothing_factor and compute_loss_func, with which the "
+                    "Trainer computes it elsewhere, or take another policy"
+                )
             self._losses.append(output["loss"].detach())
             self._are_shares = options.get("num_items_in_batch") is not None
 
@@ -234,16 +245,6 @@ def _refuse_devices(args: TrainingArguments, model: nn.Module) -> None:
         raise InputError(
             "the Trainer has wrapped the model already: give it the callback when it is made, "
             "Trainer(..., callbacks=[...]), not later"
-        )
-
-
-def _refuse_reward(args: TrainingArguments, reward: str, loader: DataLoader[Any]) -> None:
-    if reward == "eval_loss" and args.eval_strategy == "no":
-        raise InputError("reward='eval_loss' needs evaluations: set args.eval_strategy")
-    if reward == "batch" and isinstance(loader.dataset, IterableDataset):
-        raise InputError(
-            "reward='batch' draws training examples at random, which an IterableDataset cannot do: "
-            "take reward='eval_loss'"
         )
 
 
@@ -279,26 +280,6 @@ def _as_saved(saved: checkpoint.Checkpoint) -> dict[str, Any]:
     """The options that the policy chose when the run began."""
     names = ("residual_scaling", "residual_outputs")
     return {"initial": saved.tying, **{name: getattr(saved.settings, name) for name in names}}
-
-
-def _batch_reward(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader[Any]
-) -> float:
-    """Minus the loss of a random training batch; leaves the training's random numbers alone.
-
-    Processes draw one batch and take a share each.
-    """
-    examples: Any = loader.dataset
-    rng = np.random.default_rng([args.seed, state.global_step])
-    drawn = rng.integers(len(examples), size=args.train_batch_size * args.world_size)
-    indices = drawn[args.process_index :: args.world_size]
-    with torch.random.fork_rng(devices=[]):  # for collators that mask or augment
-        seed = int(rng.integers(2**32))
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        batch = loader.collate_fn([examples[int(i)] for i in indices])
-    with evaluating(model):
-        loss = model(**send_to_device(batch, args.device))["loss"]
-    return -float(loss)
 
 
 def _log_entry(decision: Decision) -> dict[str, Any]:

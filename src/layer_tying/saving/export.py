@@ -32,9 +32,8 @@ from layer_tying.core.distributed import is_sharded, on_rank_0, rank
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
 from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.residual_scale import residual_modules
-from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
-from layer_tying.core.weight_access import mixed_or_scaled, weights_as_read
+from layer_tying.core.weight_access import mixed_or_scaled, tying_in_use, weights_as_read
 from layer_tying.errors import InputError
 from layer_tying.saving.int8 import with_scales
 
@@ -141,14 +140,9 @@ def _settings_now(model: nn.Module) -> TyingSettings:
     """
     settings = settings_of(model)
     try:
-        return replace(settings, owners=_tying_of(_stack_of(model)).owners)
+        return replace(settings, owners=tying_in_use(_stack_of(model)).owners)
     except InputError:
         return settings
-
-
-def _tying_of(stack: LayerStack) -> Tying:
-    ids = [tuple(id(m._parameters[name]) for m, name in s.values()) for s in stack.slots]
-    return Tying.from_labels(ids)
 
 
 def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
