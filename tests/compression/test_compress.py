@@ -1,10 +1,21 @@
 """``compress`` as a caller uses it."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import Plain, gpt2, t5, tokens
 
-from layer_tying import InputError, TiedLayers, compress, export_compact, export_expanded, load
+from layer_tying import (
+    InputError,
+    TiedLayers,
+    compress,
+    export_compact,
+    export_expanded,
+    load,
+    tie,
+)
+from layer_tying.compression.outcome import divergence
 
 BATCHES = [{"input_ids": tokens(seed=i), "labels": tokens(seed=i)} for i in range(4)]
 FEW = {"steps": 6, "lr": 1e-2, "probes": 1, "precision": "fp32"}
@@ -98,3 +109,87 @@ def test_batches_that_can_be_gone_through_once_only_are_refused_when_they_end():
 def test_what_cannot_be_is_refused(options, says):
     with pytest.raises(InputError, match=says):
         compress(gpt2(), BATCHES, **{**FEW, **options})
+
+
+def shared(way: str) -> torch.nn.Module:
+    """A model of six layers that share weights already."""
+    torch.manual_seed(0)
+    model = gpt2()
+    scaled = {"residual_scaling": 1.0, "residual_outputs": ["attn.c_proj", "mlp.c_proj"]}
+    layers = tie(model, "cycle", 4, **(scaled if way == "scaled" else {}))
+    if way == "mixed":
+        layers.mix()
+    return model
+
+
+@pytest.mark.parametrize("way", ["tied", "scaled", "mixed"])
+@pytest.mark.parametrize("sharing", ["tied", "mixture"])
+def test_a_model_that_shares_already_gets_smaller_still(way, sharing):
+    model = shared(way)
+    before, size = logits_of(model), sum(p.numel() for p in model.parameters())
+    few = FEW | {"lr": 1e-8, "steps": 1}
+    small = compress(model, BATCHES, layers=2, sharing=sharing, **few)
+    assert TiedLayers(small).tying.num_independent == 2
+    assert sum(p.numel() for p in small.parameters()) < size
+    assert torch.equal(logits_of(model), before)
+    whole = compress(model, BATCHES, layers=6, sharing=sharing, **few)  # nothing is lost
+    torch.testing.assert_close(logits_of(whole), before, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("start", ["groups", "closed-form"])
+def test_half_precision_is_healed_in_single(dtype, start):
+    torch.manual_seed(0)
+    whole = gpt2(4)
+    options = {"layers": 2, "start": start, **FEW, "steps": 60, "lr": 3e-3}
+    half = compress(copy.deepcopy(whole).to(dtype), BATCHES, **options)
+    single = compress(copy.deepcopy(whole), BATCHES, **options)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    kl = [
+        float(divergence(logits_of(each.float()).flatten(0, 1), logits_of(whole).flatten(0, 1)))
+        for each in (half, single)
+    ]
+    assert kl[0] < 2 * kl[1] + 1e-3
+
+
+def test_a_model_that_was_frozen_is_healed():
+    model = gpt2().requires_grad_(False)
+    small = compress(model, BATCHES, layers=2, sharing="tied", **FEW)
+    assert not any(p.requires_grad for p in model.parameters())
+    block, was = small.transformer.h[0].mlp.c_fc.weight, model.transformer.h
+    assert not any(torch.equal(block, layer.mlp.c_fc.weight) for layer in was)
+
+
+def test_modules_stay_in_their_modes_also_when_it_fails():
+    model = gpt2().train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    compress(model, BATCHES, layers=2, **FEW)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(InputError):
+        compress(model, iter(BATCHES), layers=2, **FEW)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["accumulate", "compile", "epochs", "max_steps", "parallel"])
+def test_settings_that_it_does_not_use_are_refused(name):
+    with pytest.raises(InputError, match=f"does not take '{name}'"):
+        compress(gpt2(), BATCHES, layers=2, **FEW, **{name: 1})
+
+
+def test_batches_of_another_kind_are_refused():
+    with pytest.raises(InputError, match="a tensor, got a list: pass outcome_of"):
+        compress(gpt2(), [[tokens()]], layers=2, **FEW)
+
+
+def test_groups_that_cannot_keep_kinds_apart_are_refused():
+    options = {"stack": ["encoder.block", "decoder.block"], "by_kind": True, "sharing": "tied"}
+    untied = ["*relative_attention_bias*"]
+    with pytest.raises(InputError, match="no cycle groups of 3 keep layers apart"):
+        compress(t5(), BATCHES, layers=3, groups="cycle", untied=untied, **options, **FEW)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    labels = torch.full_like(tokens(), -100)
+    with pytest.raises(InputError, match="the model's loss is nan"):
+        compress(gpt2(), [{"input_ids": tokens(), "labels": labels}], layers=2, **FEW)

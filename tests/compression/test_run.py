@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
+from layer_tying.compression.source import open_model
 from layer_tying.core.find import find_layers
 from layer_tying.runs.config import OptimizationConfig
 from layer_tying.runs.train import Interrupted, train
@@ -165,6 +167,23 @@ def test_what_was_compressed_is_compressed_again(here, tmp_path):
     given = {"source": str(tmp_path / "three"), "healing": tied}
     summary = compress_run(config(here, tmp_path / "two", **given))
     assert (summary["num_layers"], summary["independent_layers"]) == (4, 2)
+
+
+@pytest.mark.parametrize("changes", [{"residual_scaling": 1.0}, {"policy": "mixture"}])
+def test_what_was_trained_scaled_or_mixed_is_the_model_that_is_compressed(here, tmp_path, changes):
+    """The teacher does what the run's best weights do, and the student starts from it."""
+    usual = {"policy": "cycle", "groups": 2, "nlayers": 4, "max_steps": 12, "untied": "*ln_*"}
+    run = small(here, exp=tmp_path.name, **usual | changes)
+    train(run)
+    source, teacher = load(run.folder), open_model(run.folder)
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(teacher(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+    asked = config(here, tmp_path / "small", source=str(run.folder))
+    summary = compress_run(replace(asked, budget=BudgetSettings(layers=3)))
+    assert summary["independent_layers"] == 3
+    assert summary["parameters_after"] == sum(
+        p.numel() for p in load(tmp_path / "small").parameters()
+    )
 
 
 def complaint(capsys, *arguments):

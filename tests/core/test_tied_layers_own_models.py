@@ -11,12 +11,13 @@ from checks import (
     parameters_of,
     train_step,
 )
-from tiny_models import Plain, gpt2, loss_of
+from tiny_models import Plain, gpt2, loss_of, t5
 from tolerance import assert_close
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
 
 pytestmark = pytest.mark.numerics
@@ -131,3 +132,11 @@ def test_modules_that_keep_their_own_list_of_weights_use_the_shared_ones():
         for p in model.blocks[0].parameters():
             p.zero_()
     assert not torch.equal(model.blocks[0](x)[0], model.blocks[1](x)[0])
+
+
+def test_what_is_refused_of_stacks_that_were_named_is_forgotten():
+    model = t5()
+    lists = {"layers": ["encoder.block", "decoder.block"], "by_kind": True}
+    with pytest.raises(InputError, match="cannot use"):
+        tie(model, "all", untied=["*relative_attention_bias*"], **lists)
+    assert settings_of(model) == TyingSettings()

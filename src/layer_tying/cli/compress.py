@@ -13,6 +13,7 @@ import tyro
 from layer_tying.cli.experiments import GOING_ON, INTERRUPTED
 from layer_tying.cli.flags import flag_of, group_of, parse, positional
 from layer_tying.compression.settings import (
+    NOT_HERE,
     RUN,
     USUAL,
     BudgetSettings,
@@ -29,7 +30,6 @@ GROUPS: dict[str, Any] = {
     "healing": HealingSettings,
     "optimization": OptimizationConfig,
 }
-NOT_HERE = ("epochs", "accumulate", "checkpointing", "compile")  # of the optimization
 KINDS = (*GROUPS.values(), CompressConfig)
 OWN = ("dataset", "data_dir", "bptt", "batch_size", "export_dtype", "seed")
 

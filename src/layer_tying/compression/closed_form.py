@@ -39,13 +39,15 @@ def best_mixtures(
     Returns:
         [L, M] coefficients, whose columns are as long as those of a tying, sqrt(L / M); and M sets.
     """
-    weighted = [w if second_moment is None else w @ second_moment for w in matrices]
-    gram = torch.stack([torch.stack([(a * b).sum() for b in matrices]) for a in weighted]).double()
+    kind = torch.promote_types(matrices[0].dtype, torch.float32)  # half precision is too coarse
+    whole = [w.to(kind) for w in matrices]
+    weighted = [w if second_moment is None else w @ second_moment.to(kind) for w in whole]
+    gram = torch.stack([torch.stack([(a * b).sum() for b in whole]) for a in weighted]).double()
     _, vectors = torch.linalg.eigh((gram + gram.T) / 2)  # eigenvalues rise
-    leading = vectors.flip(1)[:, :number].to(matrices[0])
+    leading = vectors.flip(1)[:, :number].to(whole[0])
     length = (len(matrices) / number) ** 0.5
     sets = [
-        torch.stack([leading[j, m] * w for j, w in enumerate(matrices)]).sum(0) / length
+        torch.stack([leading[j, m] * w for j, w in enumerate(whole)]).sum(0) / length
         for m in range(number)
     ]
     return leading * length, sets

@@ -15,14 +15,22 @@ from layer_tying.compression.outcome import OutcomeOf
 from layer_tying.compression.outcome import outcome_of as usual_outcome_of
 from layer_tying.compression.sensitivity import Probe, choose, number_of_groups
 from layer_tying.compression.settings import (
+    NOT_HERE,
     USUAL,
     BudgetSettings,
     HealingSettings,
     SearchSettings,
+    settled,
 )
-from layer_tying.core.find import find_layers
+from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.tied_layers import Options
+from layer_tying.core.tying_settings import TyingSettings, settings_of
+from layer_tying.core.untied_copy import untied_copy
+from layer_tying.core.weight_access import tying_in_use
 from layer_tying.errors import InputError
 from layer_tying.runs.config import OptimizationConfig
+from layer_tying.runs.precision import usual_precision
+from layer_tying.tasks.evaluation import in_eval_mode
 
 
 def compress(
@@ -48,7 +56,8 @@ def compress(
 
     Args:
         model: any module that holds its layers in one list of equal blocks and returns logits, as
-            models of transformers do. It is not changed.
+            models of transformers do. It is not changed. Its layers may share weights already: then
+            a copy of it is made, whose layers do not.
         batches: what the model is called with: mappings of keyword arguments (where they have
             ``labels``, the ordinary loss is minimised as well), or tensors. They are gone through
             again when they end, which a list and a ``DataLoader`` allow.
@@ -63,7 +72,8 @@ def compress(
             ``sharing``, ``gradual``, ``temperature``, ``lr``, ``precision``, ...
 
     Returns:
-        The small model, a module of the same class. Exports, ``TiedLayers`` and training take it.
+        The small model, a module of the same class whose weights have the same types; while it
+        trains they are in float32. Exports, ``TiedLayers`` and training take it.
 
     Raises:
         InputError: if the layers cannot be found, no tying keeps within the budget, the batches
@@ -71,20 +81,37 @@ def compress(
     """
     search, healing, optimization = _groups(settings, steps)
     budget = BudgetSettings(layers, parameters, bytes)
-    options = {"layers": stack, "untied": tuple(untied), "by_kind": by_kind}
+    options = Options(layers=stack, untied=untied, by_kind=by_kind)
+    optimization = settled(optimization, usual_precision(next(model.parameters()).device))
     endless = _endless(batches, steps)
-    found = find_layers(model, stack, untied, by_kind)
-    number = number_of_groups(budget, healing, found)
-    probes = list(islice(endless, search.probes))
-    probe = Probe(found, probes, outcome_of)
-    reading = choose(probe, number, search.groups).reading
-    student, was_training = copy.deepcopy(model), model.training
-    run = Healing(model, student, reading, optimization, healing, outcome_of=outcome_of, **options)
-    run.start_from(probes)
-    while run.step < run.num_steps:
-        run.train_step(next(endless))
-    model.train(was_training)
-    return run.student.eval()
+    teacher = _untied(model, options)
+    with in_eval_mode(teacher):
+        found = _stack_of(teacher, options)
+        number = number_of_groups(budget, healing, found)
+        probes = list(islice(endless, search.probes))
+        reading = choose(Probe(found, probes, outcome_of), number, search.groups).reading
+        student = copy.deepcopy(teacher)
+        run = Healing(
+            teacher, student, reading, optimization, healing, outcome_of=outcome_of, **options
+        )
+        run.start_from(probes)
+        while run.step < run.num_steps:
+            run.train_step(next(endless))
+    return run.finished()
+
+
+def _stack_of(model: nn.Module, options: Options) -> LayerStack:
+    chosen = TyingSettings().but(**options)
+    return find_layers(model, chosen.layers, chosen.untied, chosen.by_kind)
+
+
+def _untied(model: nn.Module, options: Options) -> nn.Module:
+    """The model; where its layers share weights or remember a tying, a copy that does not."""
+    if settings_of(model) == TyingSettings():
+        stack = _stack_of(model, options)
+        if tying_in_use(stack).num_independent == len(stack.names):
+            return model
+    return untied_copy(model)
 
 
 def _groups(
@@ -95,6 +122,11 @@ def _groups(
     Raises:
         InputError: if there is no such setting, or a value does not fit.
     """
+    if odd := settings.keys() & {*NOT_HERE, "max_steps"}:
+        raise InputError(
+            f"compress does not take {min(odd)!r}; it makes as many steps as steps says, on one "
+            f"batch each and in one process"
+        )
     left = {**USUAL, **settings, "max_steps": steps}
     groups: list[Any] = []
     for kind in (SearchSettings, HealingSettings, OptimizationConfig):

@@ -14,7 +14,7 @@ from layer_tying.compression.closed_form import start_from_closed_form
 from layer_tying.compression.grouping import Reading
 from layer_tying.compression.outcome import OutcomeOf, divergence
 from layer_tying.compression.settings import HealingSettings
-from layer_tying.core.find import find_layers
+from layer_tying.core.find import MIXTURE, find_layers
 from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
@@ -66,7 +66,8 @@ class Healing:
 
     Args:
         teacher: the untouched model; it is used in eval mode and does not change.
-        student: a copy of it, whose layers are independent; it is tied here.
+        student: a copy of it, whose layers are independent; it is tied here, and trained in
+            float32.
         reading: what the student's layers read in the end.
         optimization: the number of steps (``max_steps``), the learning rate and the like.
         settings: of the sharing and the loss.
@@ -87,7 +88,10 @@ class Healing:
     ) -> None:
         assert optimization.max_steps is not None
         self.teacher = teacher.eval()
-        self.student = student.train()
+        self._types = {name: p.dtype for name, p in _tensors(student)}
+        self.student = student.float().train()  # in half precision small changes would be lost
+        if not any(p.requires_grad for p in student.parameters()):  # it was frozen, for inference
+            student.requires_grad_(True)
         self.optimization = optimization
         self.settings = settings
         self.num_steps: int = optimization.max_steps
@@ -120,6 +124,12 @@ class Healing:
         self.step += 1
         return progress
 
+    def finished(self) -> nn.Module:
+        """The student in eval mode, its weights in the types that it came with."""
+        for name, tensor in _tensors(self.student):
+            tensor.data = tensor.data.to(self._types[name.removesuffix(MIXTURE)])
+        return self.student.eval()
+
     def _objective(self, batch: Any) -> tuple[Tensor, Progress]:
         device = next(self.student.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.optimization.precision == "bf16"):
@@ -144,6 +154,11 @@ class Healing:
             tie_as(self.layers, due)
         if due == self._stages[last] and self.settings.sharing == "mixture":
             self.layers.mix()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 @contextmanager

@@ -41,8 +41,13 @@ def outcome_of(model: nn.Module, batch: Any) -> Outcome:
     if isinstance(batch, Mapping):
         batch = {name: each.to(device) for name, each in batch.items()}
         output = model(**batch)
-    else:
+    elif isinstance(batch, Tensor):
         batch, output = {}, model(batch.to(device))
+    else:
+        raise InputError(
+            f"a batch is a mapping of keyword arguments or a tensor, got a "
+            f"{type(batch).__name__}: pass outcome_of=... for others"
+        )
     found = output if isinstance(output, Mapping) else {"logits": output}
     logits = found.get("logits")
     if not isinstance(logits, Tensor):

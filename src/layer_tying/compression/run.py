@@ -296,7 +296,7 @@ def _restore(work: Work, healing: Healing) -> None:
 def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Score the student, and write the summary and the export."""
     at("summary")
-    config, student = work.config, healing.student.eval()
+    config, student = work.config, healing.finished()
     output, dtype = Path(config.output), config.export_dtype
     export_compact(student, output, DTYPES[dtype] if dtype else None)
     written = load(output).to(work.teacher.device) if dtype else student

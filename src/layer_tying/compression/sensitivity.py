@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layer_tying.compression import grouping
 from layer_tying.compression.grouping import Reading
@@ -16,8 +17,10 @@ from layer_tying.compression.outcome import OutcomeOf, divergence
 from layer_tying.compression.settings import BudgetSettings, HealingSettings
 from layer_tying.core.budget import max_independent
 from layer_tying.core.find import LayerStack
+from layer_tying.core.mixtures import check_mixable
 from layer_tying.core.weight_access import store, stored
 from layer_tying.errors import InputError
+from layer_tying.tasks.evaluation import evaluating
 
 WIDTH = 4  # mergers that are measured at each step of growing groups
 
@@ -73,12 +76,14 @@ class Probe:
         self._batches = batches
         self._outcome_of = outcome_of
         self._measured: dict[Reading, tuple[float, float | None]] = {}
-        with _inference(stack.model):
+        with evaluating(stack.model):
             untouched = [outcome_of(stack.model, batch) for batch in batches]
         self._logits = [outcome.logits for outcome in untouched]
         self._loss = _mean([outcome.loss for outcome in untouched])
         if not all(bool(each.isfinite().all()) for each in self._logits):
             raise InputError("the model's outputs are not finite numbers: it cannot be compressed")
+        if self._loss is not None and not math.isfinite(self._loss):
+            raise InputError(f"the model's loss is {self._loss} on the first batches")
 
     def divergence(self, reading: Reading) -> float:
         """Of the output from the untouched model's, in nats; infinite for layers unlike."""
@@ -101,7 +106,7 @@ class Probe:
         if any(kinds[layer] != kinds[source] for layer, source in enumerate(reading)):
             return float("inf"), None if self._loss is None else float("inf")
         if reading not in self._measured:
-            with _inference(self.stack.model), reading_from(self.stack, reading):
+            with evaluating(self.stack.model), reading_from(self.stack, reading):
                 found = [self._outcome_of(self.stack.model, b) for b in self._batches]
             values = [
                 float(divergence(each.logits, logits))
@@ -138,9 +143,9 @@ def number_of_groups(
         dtype: of the weights in the file; the model's by default.
 
     Raises:
-        InputError: if no tying is within the budget.
+        InputError: if no tying is within the budget, or layers cannot mix so few.
     """
-    return max_independent(
+    number = max_independent(
         stack,
         num_layers=budget.layers,
         num_parameters=budget.parameters,
@@ -148,6 +153,9 @@ def number_of_groups(
         dtype=dtype,
         mixes=healing.sharing == "mixture",
     )
+    if healing.sharing == "mixture":
+        check_mixable(stack, number)
+    return number
 
 
 def choose(probe: Probe, number: int, groups: str = "any") -> Choice:
@@ -158,12 +166,19 @@ def choose(probe: Probe, number: int, groups: str = "any") -> Choice:
         number: of groups.
         groups: the search that is made; of ``"any"`` each search proposes one, all are measured,
             and the best is refined layer by layer.
+
+    Raises:
+        InputError: if layers differ, and no such groups keep them apart.
     """
     table, rises = probe.table()
     searches = SEARCHES if groups == "any" else {groups: SEARCHES[groups]}
     proposed = {name: search(table, number, probe) for name, search in searches.items()}
     candidates = {name: (each, probe.divergence(each)) for name, each in proposed.items()}
-    reading, _ = min(candidates.values(), key=lambda each: each[1])
+    reading, least = min(candidates.values(), key=lambda each: each[1])
+    if math.isinf(least):
+        raise InputError(
+            f"no {groups} groups of {number} keep layers apart that differ: take groups 'any'"
+        )
     if groups == "any":
         reading = grouping.refined(reading, probe.divergence)
         candidates["refined"] = reading, probe.divergence(reading)
@@ -183,14 +198,3 @@ def _one(layers: Sequence[int], layer: int, source: int) -> Reading:
 def _mean(losses: Sequence[Tensor | None]) -> float | None:
     known = [float(loss) for loss in losses if loss is not None]
     return sum(known) / len(known) if known else None
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -22,6 +22,7 @@ from layer_tying.settings import (
 
 FORMAT = 1
 RUN, CHOICE = "run", "choice.json"  # in the output's folder; in that one
+NOT_HERE = ("epochs", "accumulate", "checkpointing", "compile", "parallel")  # of the optimization
 USUAL: dict[str, Any] = {"lr": 1e-3, "final_lr": 0.0, "max_steps": 2000}  # of the optimization
 
 
@@ -127,10 +128,14 @@ class CompressConfig:
 
     def settled(self, precision: str) -> CompressConfig:
         """The same with the precision that ``auto`` stands for."""
-        if self.optimization.precision != "auto":
-            return self
-        return replace(self, optimization=replace(self.optimization, precision=precision))
+        return replace(self, optimization=settled(self.optimization, precision))
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+
+def settled(optimization: OptimizationConfig, precision: str) -> OptimizationConfig:
+    """The same with the precision that ``auto`` stands for."""
+    is_settled = optimization.precision != "auto"
+    return optimization if is_settled else replace(optimization, precision=precision)

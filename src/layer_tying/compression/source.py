@@ -15,8 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from layer_tying.compression.outcome import Outcome, OutcomeOf
 from layer_tying.compression.settings import CompressConfig
-from layer_tying.core.tied_layers import TiedLayers
-from layer_tying.core.tying import Tying
+from layer_tying.core.untied_copy import untied_copy
 from layer_tying.data.config import DataConfig
 from layer_tying.data.images import load_images
 from layer_tying.data.texts import load_last_words, load_texts
@@ -38,20 +37,14 @@ USUAL_LENGTH = 256
 def open_model(folder: Path) -> PreTrainedModel:
     """A run's best weights, a compact export, or a plain folder of transformers.
 
-    The layers come independent: those that were tied get copies of what they used.
+    The layers come independent: those that shared weights get copies of what they used.
 
     Raises:
-        InputError: if it is none of these, is damaged, or its layers read mixtures.
+        InputError: if it is none of these, or is damaged.
     """
     if (folder / COMPACT).is_file() or (folder / "checkpoints" / "best").is_dir():
-        model = load(folder)
+        model = untied_copy(load(folder))
         assert isinstance(model, PreTrainedModel)
-        layers = TiedLayers(model)
-        if layers.mixtures:
-            raise InputError(
-                f"{folder} has layers that are mixtures already: export it as expanded first"
-            )
-        layers.apply(Tying.independent(layers.tying.num_layers))
         return model
     if not (folder / "config.json").is_file():
         raise InputError(

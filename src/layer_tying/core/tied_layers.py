@@ -347,6 +347,8 @@ def tied_layers(
         yield layers
     except BaseException:
         read_as_they_are(chain.from_iterable(layers._residual_modules))
+        which = {name: getattr(layers.settings, name) for name in ("layers", "untied", "by_kind")}
+        remember_settings(model, before.but(**which))
+        TiedLayers(model)  # lets them read their weights as before
         remember_settings(model, before)
-        TiedLayers(model)
         raise

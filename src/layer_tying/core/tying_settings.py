@@ -120,3 +120,8 @@ def remember_settings(model: nn.Module, settings: TyingSettings) -> None:
 def settings_of(model: nn.Module) -> TyingSettings:
     """The settings that were remembered of a model; the defaults if there are none."""
     return TyingSettings.from_dict(model.__dict__.get(ATTRIBUTE, {}))
+
+
+def forget_settings(model: nn.Module) -> None:
+    """Keep nothing of how a model was tied."""
+    model.__dict__.pop(ATTRIBUTE, None)

@@ -33,13 +33,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode without gradients, and back as it was."""
-    was_training = model.training
+    with in_eval_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and each of its modules back in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def of_my_share(items: Sequence[T], function: Callable[[T], U]) -> list[U]:

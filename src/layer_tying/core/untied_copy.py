@@ -1,0 +1,44 @@
+"""A model whose layers share nothing, from one whose layers do."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from layer_tying.core.find import MIXTURE
+from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import forget_settings, remember_settings, settings_of
+from layer_tying.core.weight_access import read_as_they_are, weights_as_read
+
+
+def untied_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model whose layers have weights of their own and compute what the model's do.
+
+    Mixtures and 1/n residual scaling go into the weights, and the copy remembers no tying.
+
+    Args:
+        model: any module whose layers can be found, with the options that it was tied with.
+
+    Raises:
+        InputError: if what is scaled is more than one linear map, so that weights cannot show it.
+    """
+    copied = copy.deepcopy(model)
+    stack = TiedLayers(copied).stack
+    as_read = {name: weight.clone() for name, weight in weights_as_read(stack)}
+    plain = settings_of(copied).but(mixes=False, residual_scaling=0.0, gradient="sum", owners=())
+    read_as_they_are(copied.modules())
+    for block in stack.blocks:
+        for module in block.modules():
+            for name in [name for name in module._parameters if name.endswith(MIXTURE)]:
+                del module._parameters[name]
+    remember_settings(copied, plain)
+    layers = TiedLayers(copied)
+    layers.apply(Tying.independent(layers.tying.num_layers))
+    forget_settings(copied)
+    with torch.no_grad():
+        for name, weight in as_read.items():
+            copied.get_parameter(name).copy_(weight)
+    return copied

@@ -1,0 +1,74 @@
+"""Copies whose layers share nothing compute what the model does, and remember no tying."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import Plain, gpt2, llama, loss_of, t5
+
+from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import TyingSettings, settings_of
+from layer_tying.core.untied_copy import untied_copy
+from layer_tying.core.weight_access import mixed_or_scaled
+from layer_tying.errors import InputError
+
+pytestmark = pytest.mark.numerics
+
+SCALED = {"residual_scaling": 1.0, "residual_outputs": ["attn.c_proj", "mlp.c_proj"]}
+WAYS = {
+    "tied": lambda model: tie(model, "cycle", 2),
+    "detached": lambda model: tie(model, "cycle", 2, gradient="owner"),
+    "some untied": lambda model: tie(model, "cycle", 2, untied=["ln_*"]),
+    "scaled": lambda model: tie(model, "cycle", 2, **SCALED),
+    "mixed": lambda model: mixed(tie(model, "cycle", 2)),
+    "mixed and scaled": lambda model: mixed(tie(model, "cycle", 2, **SCALED)),
+}
+
+
+def mixed(layers: TiedLayers) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for vector in layers.mix():
+            vector.copy_(torch.randn(2))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_computes_the_same_with_weights_of_its_own(way):
+    torch.manual_seed(0)
+    model = gpt2().double()
+    WAYS[way](model)
+    before, state = loss_of(model), copy.deepcopy(model.state_dict())
+    copied = untied_copy(model)
+    torch.testing.assert_close(loss_of(copied), before, rtol=1e-12, atol=0)
+    assert type(copied.transformer.h[0].attn.c_attn) is type(gpt2().transformer.h[0].attn.c_attn)
+    assert not mixed_or_scaled(copied)
+    assert settings_of(copied) == TyingSettings()
+    assert copied.state_dict().keys() == gpt2().state_dict().keys()
+    assert TiedLayers(copied).tying == Tying.independent(6)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert loss_of(model) == before
+
+
+@pytest.mark.parametrize("make", [Plain, llama])
+def test_a_model_that_shares_nothing_is_copied_as_it_is(make):
+    model = make()
+    copied = untied_copy(model)
+    torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert loss_of(copied) == loss_of(model)
+
+
+def test_stacks_that_were_named_are_found_again():
+    lists = {"layers": ["encoder.block", "decoder.block"], "by_kind": True}
+    model = t5()
+    tie(model, Tying((0, 0, 0, 3, 3, 3)), untied=["*relative_attention_bias*"], **lists)
+    copied = untied_copy(model)
+    layers = TiedLayers(copied, untied=["*relative_attention_bias*"], **lists)
+    assert layers.tying == Tying.independent(6)
+
+
+def test_what_no_weights_can_show_is_refused():
+    model = Plain()
+    tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=["attention"])
+    with pytest.raises(InputError, match="cannot be put into its weights"):
+        untied_copy(model)
