@@ -38,13 +38,13 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
 
 
 def _gate(open_: list[tuple[str, float]], closed: list[tuple[str, float]]) -> str:
-    found = ", ".join(f"`{name}` {1 - share:.1%}" for name, share in [*open_, *closed])
+    found = ", ".join(f"{1 - share:.1%} in `{name}`" for name, share in [*open_, *closed])
     shut = ", ".join(f"`{name}`" for name, _ in closed)
     ending = f" {shut} did not pass and {_is(closed)} not compared." if closed else ""
     return (
-        f"Depth pays in {len(open_)} of {len(open_) + len(closed)} settings, in the sense that L "
-        f"conventional layers beat k by at least {1 - GATE:.0%} (lower figures by: {found or '-'})."
-        f"{ending}"
+        f"Depth pays in {len(open_)} of {len(open_) + len(closed)} settings: the perplexity (or "
+        f"error) of L conventional layers is at least {1 - GATE:.0%} lower than that of k layers "
+        f"({found or '-'}).{ending}"
     )
 
 
@@ -104,8 +104,8 @@ def _time(name: str, setting: Setting, groups: Groups) -> str:
     deep = f"{near:.2f} times" if near else "more than"
     shallow = f"in {past:.1f} times its training time" if past else "never"
     return (
-        f"`{name}`, against time: `{ours}` reaches the final validation perplexity of "
-        f"`{setting.deep}` + 5 % in {deep} the time that `{setting.deep}` trained, and that of "
+        f"`{name}`, against time: `{ours}` comes within 5 % of the final validation perplexity of "
+        f"`{setting.deep}` in {deep} the time that `{setting.deep}` trained, and reaches that of "
         f"`{setting.rival}` {shallow}."
     )
 
@@ -123,4 +123,7 @@ def _time_to(groups: Groups, ours: str, other: str, factor: float) -> float | No
                 shares.append(reached / trained)
     if not shares:
         return None
-    return statistics.fmean(shares) * step_seconds(groups[ours]) / step_seconds(groups[other])
+    step, others_step = step_seconds(groups[ours]), step_seconds(groups[other])
+    if step is None or others_step is None:
+        return None
+    return statistics.fmean(shares) * step / others_step

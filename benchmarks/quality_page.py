@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import mean_and_spread
 from quality_opening import what_holds
-from quality_pictures import draw_against, draw_over_time, draw_panels
+from quality_pictures import draw_against, draw_panels, draw_times, with_times
 from quality_rows import (
     GATE,
     Groups,
@@ -30,26 +30,33 @@ PICTURES = {
     "memory": draw_against(
         "model_state_bytes_mean", "parameters, gradients and optimizer state, MB"
     ),
-    "time": draw_over_time,
 }
 HOW = (
     "All methods of a setting train on the same data in the same order for the same steps with the "
-    "same seeds. A setting is compared only if conventional training of L layers beats that of k "
-    "layers by 5 % or more: otherwise depth is worth nothing there, and neither is sharing it. "
-    "`plain-L` is that ceiling, `plain-k` the rival of equal parameters, `narrow` has L layers of "
-    "half the width, and `low-rank-k` has L layers whose matrices are products of two thin ones, "
-    "with a share of k/L of the parameters. `cycle-3` and the other patterns are fixed, with k "
-    "groups; `1/n` denotes that what a use adds to the residual stream is divided by the number of "
-    "uses; `mixture-3` is the learned mixture of k shared sets, with such scaling. `plain-L`, "
-    "`plain-k` and `mixture-k` have three learning rates each, chosen by the validation perplexity "
-    "of the first seed; the others have the mixture's. Test figures belong to the weights that "
-    "were best on validation. The gap closed is (plain-k - x) / (plain-k - plain-L). Times are "
-    "steps times the seconds of a step of the fastest run; the machines did other work meanwhile, "
-    "so compare them roughly. "
-    "`make bench-quality` writes this page from `benchmarks/results/quality.json`. Earlier "
-    "results, from runs too short for depth to pay, are in "
-    "[a page of the log](log-short-runs.md)."
+    "same seeds. A setting is compared only if the perplexity, or the error, of L conventional "
+    "layers is at least 5 % lower than that of k layers: otherwise depth is worth nothing there, "
+    "and neither is sharing it. Test figures belong to the weights that were best on validation. "
+    "The gap closed is (plain-k - x) / (plain-k - plain-L). Times are steps times the seconds of a "
+    "step in the fastest run of a method, given where it has several: other processes ran on the "
+    "same machine, so compare them roughly. `make bench-quality` writes this page from "
+    "`benchmarks/results/quality.json`. Earlier results, from runs too short for depth to pay, are "
+    "in [a page of the log](log-short-runs.md)."
 )
+WHAT = {  # by the prefix of a method's name
+    "plain": "`plain-L` and `plain-k` are conventional models: the ceiling, and the rival that has "
+    "as many parameters as k shared layers.",
+    "narrow": "`narrow` has L layers of half the width.",
+    "low-rank": "`low-rank-k` has L layers whose matrices are products of two thin ones, with a "
+    "share of k/L of the parameters.",
+    "cycle": "`cycle-k` and other names of patterns are fixed patterns "
+    "of k groups; with `1/n`, what a use adds to the residual stream is divided by the number of "
+    "uses.",
+    "mixture": "`mixture-k` is the learned mixture of k shared sets, with such scaling unless it "
+    "is called unscaled.",
+    "random": "`random` changes the tying at random for the first half of the steps.",
+    "dqn": "`dqn` is the paper's agent.",
+    "bandit": "`bandit-k` moves the borders between k groups.",
+}
 
 
 def write_page(rows: Sequence[Row], folder: Path) -> None:
@@ -61,13 +68,20 @@ def write_page(rows: Sequence[Row], folder: Path) -> None:
     shown = {
         name: pair for name, pair in settings.items() if (gate(pair[1], pair[0]) or 1.0) <= GATE
     }
-    parts = ["# Quality", what_holds(settings)]
+    parts = ["# Quality", f"{what_holds(settings)}\n- {_rates(rows)}"]
     for name, draw in PICTURES.items() if shown else ():
         draw_panels(shown, draw).savefig(folder / "images" / f"quality-{name}.png", dpi=150)
         parts.append(f"![Quality against {name}](images/quality-{name}.png)")
     if shown:
         parts.append("Lower and further left is better. The line is the Pareto front.")
-    parts += ["## How it was measured", HOW]
+    if timed := with_times(shown):
+        draw_times(timed).savefig(folder / "images" / "quality-time.png", dpi=150)
+        parts.append("![Quality against time](images/quality-time.png)")
+    methods = {method for _, groups in settings.values() for method in groups}
+    what = [
+        f"- {about}" for start, about in WHAT.items() if any(m.startswith(start) for m in methods)
+    ]
+    parts += ["## How it was measured", HOW, "\n".join(what)]
     for name, (setting, groups) in settings.items():
         parts += [f"## {name}", _about(setting, groups)]
         if name in shown:
@@ -83,10 +97,31 @@ def _about(setting: Setting, groups: Groups) -> str:
     if share is None:
         verdict = "The gate has not been run."
     elif share <= GATE:
-        verdict = f"The gate is passed: depth is worth {1 - share:.1%}."
+        verdict = f"The gate is passed: {_worth(setting, share)}."
     else:
-        verdict = f"The gate is not passed: depth is worth {1 - share:.1%}. Nothing is compared."
+        verdict = f"The gate is not passed: {_worth(setting, share)}. Nothing is compared."
     return f"{setting.about} ({', '.join(machines)}; {', '.join(versions)}). {verdict}"
+
+
+def _worth(setting: Setting, share: float) -> str:
+    what = "error" if setting.accuracy else "perplexity"
+    return f"the {what} of `{setting.deep}` is {1 - share:.1%} lower than that of `{setting.rival}`"
+
+
+def _rates(rows: Sequence[Row]) -> str:
+    """Which methods had several learning rates to choose from."""
+    tried: dict[tuple[str, str], set[float]] = {}
+    for row in rows:
+        tried.setdefault((row["setting"], row["method"]), set()).add(row["lr"])
+    tuned = sorted(
+        f"`{method}` ({setting})" for (setting, method), r in tried.items() if len(r) > 1
+    )
+    if not tuned:
+        return "All methods of a setting were trained at one learning rate: none was tuned."
+    return (
+        f"Several learning rates were tried for {', '.join(tuned)}, and the best was chosen by the "
+        f"validation perplexity of the first seed; the others had one."
+    )
 
 
 def _table(setting: Setting, groups: Groups) -> str:
@@ -114,11 +149,15 @@ def _cells(name: str, setting: Setting, groups: Groups, hops: Sequence[str]) -> 
         "" if closed is None else f"{closed:.0%}",
         f"{mean(rows, 'trainable_parameters_mean'):,.0f}",
         f"{mean(rows, 'model_state_bytes_mean') / 1e6:.2f}",
-        f"{step_seconds(rows):.3f}",
+        _seconds(step_seconds(rows)),
         f"{rows[0]['lr']:g}",
         str(len(rows)),
         *(f"{100 * mean(rows, hop):.1f}" for hop in hops),
     ]
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _share(value: float | None) -> str:

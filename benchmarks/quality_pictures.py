@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -23,7 +23,7 @@ KINDS = {  # prefix of a method -> name, marker, colour (of Okabe and Ito)
     "bandit": ("bandit", "^", "#CC79A7"),
     "dqn": ("the paper's agent", "X", "#0072B2"),
     "random": ("random changes", "P", "#56B4E9"),
-    "": ("fixed patterns (hollow: unscaled)", "o", "#009E73"),
+    "": ("fixed patterns", "o", "#009E73"),
 }
 Settings = Mapping[str, tuple[Setting, Groups]]
 
@@ -41,17 +41,30 @@ def draw_panels(settings: Settings, draw: Callable[[Any, Setting, Groups], None]
         for axes in panels[len(settings) :]:
             axes.set_visible(False)
         methods = [name for _, groups in settings.values() for name in groups]
-        _legend(figure, {_kind(name) for name in methods}, ncols=columns)
+        _legend(figure, methods, ncols=columns)
         figure.canvas.draw()
     return figure
 
 
-def _legend(figure: Figure, kinds: set[str], ncols: int) -> None:
+def _legend(figure: Figure, methods: Sequence[str], ncols: int) -> None:
+    kinds = {_kind(name) for name in methods}
     marks = [
         Line2D([], [], marker=marker, color=colour, linestyle="none", label=name)
         for kind, (name, marker, colour) in KINDS.items()
         if kind in kinds
     ]
+    if any(_style(name)[2] == "white" for name in methods):
+        marks.append(
+            Line2D(
+                [],
+                [],
+                marker="o",
+                color="#009E73",
+                markerfacecolor="white",
+                linestyle="none",
+                label="hollow: uses are not scaled",
+            )
+        )
     figure.legend(handles=marks, loc="outside lower center", ncols=ncols, frameon=False)
 
 
@@ -67,7 +80,8 @@ def draw_against(size: str, label: str) -> Callable[[Any, Setting, Groups], None
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
         for name, point in points.items():
             marker, colour, filling = _style(name)
-            axes.plot(*point, marker, color=colour, markerfacecolor=filling)
+            front_most = 3 if name.startswith("mixture") else 2  # it may lie on a pattern
+            axes.plot(*point, marker, color=colour, markerfacecolor=filling, zorder=front_most)
             if name.startswith("plain"):
                 axes.text(*point, f"   {name.rpartition('-')[2]}", va="center", fontsize=7)
         axes.set_xlabel(label)
@@ -77,15 +91,40 @@ def draw_against(size: str, label: str) -> Callable[[Any, Setting, Groups], None
     return draw
 
 
-def draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
-    """Validation perplexity against time: conventional training, cycle and mixture, one seed."""
+def with_times(settings: Settings) -> dict[str, tuple[Setting, Groups]]:
+    """The settings of perplexities whose methods' times are known."""
+    return {
+        name: (setting, groups)
+        for name, (setting, groups) in settings.items()
+        if not setting.accuracy
+        and all(step_seconds(groups.get(method, [])) for method in _timed(setting))
+    }
+
+
+def _timed(setting: Setting) -> tuple[str, ...]:
     k = setting.sets[0]
-    for name in (setting.deep, setting.rival, f"cycle-{k}, 1/n", f"mixture-{k}"):
-        if name not in groups:
-            continue
+    return setting.deep, setting.rival, f"cycle-{k}, 1/n", f"mixture-{k}"
+
+
+def draw_times(settings: Settings) -> Figure:
+    """Validation perplexity against time, of the first seed; a panel for each setting."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8 * max(1, len(settings)), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(settings), squeeze=False)[0]
+        for axes, (name, (setting, groups)) in zip(panels, settings.items(), strict=True):
+            _draw_over_time(axes, setting, groups)
+            axes.set_title(name, loc="left")
+        figure.canvas.draw()
+    return figure
+
+
+def _draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
+    for name in _timed(setting):
         _, colour, _ = _style(name)
         steps, _, perplexities = zip(*groups[name][0]["curve"], strict=True)
-        minutes = [step * step_seconds(groups[name]) / 60 for step in steps]
+        seconds = step_seconds(groups[name])
+        assert seconds is not None
+        minutes = [step * seconds / 60 for step in steps]
         line = ":" if name == setting.rival else "-"
         axes.plot(minutes, perplexities, line, color=colour, linewidth=1, label=name)
     axes.set_yscale("log")

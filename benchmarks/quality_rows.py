@@ -117,9 +117,12 @@ def best_fixed(groups: Groups, setting: Setting) -> str | None:
     return min(names, key=lambda name: mean_figure(groups[name], setting), default=None)
 
 
-def step_seconds(rows: Sequence[Row]) -> float:
-    """Seconds of a method's training step: of its fastest run, which other work held up least."""
-    return min(r["seconds_per_step"] for r in rows)
+def step_seconds(rows: Sequence[Row]) -> float | None:
+    """Seconds of a method's training step: of its fastest run, which other work held up least.
+
+    None where there is one run only, since that may have been held up.
+    """
+    return min(r["seconds_per_step"] for r in rows) if len(rows) > 1 else None
 
 
 def steps_to(row: Row, perplexity: float) -> int | None:

@@ -73,10 +73,16 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert set(front_of(points)) == {"a", "b"}
 
 
-def test_the_opening_says_who_wins_and_at_what_cost(rows):
-    depth, quality, time = what_holds(settings_of(rows)).splitlines()
+@pytest.fixture
+def timed(rows):
+    """With a second run of what is shown against time, of a seed that no other method has."""
+    return [*rows, row("mixture-3", 3.25, seed=3), row("cycle-3, 1/n", 3.5, seed=3)]
+
+
+def test_the_opening_says_who_wins_and_at_what_cost(timed):
+    depth, quality, time = what_holds(settings_of(timed)).splitlines()
     assert "pays in 1 of 1 settings" in depth
-    assert "`wiki2-bytes` 24.4%" in depth
+    assert "24.4% in `wiki2-bytes`" in depth
     assert "1.083 times the perplexity of `plain-12` with 33% of its parameters" in quality
     assert "0.812 times that of `plain-3`" in quality
     assert "0.956 times that of `sandwich-3, 1/n`" in quality
@@ -86,23 +92,43 @@ def test_the_opening_says_who_wins_and_at_what_cost(rows):
     assert "in 1.0 times its training time" in time
 
 
+def test_one_run_says_nothing_of_times(rows, tmp_path):
+    assert "against time" not in what_holds(settings_of(rows))
+    write_page(rows, tmp_path)
+    assert not (tmp_path / "images" / "quality-time.png").exists()
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    cells = {
+        line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
+    }
+    assert [cells[name][8].strip() for name in ("plain-12", "mixture-3")] == ["0.100", ""]
+
+
+def test_the_page_says_what_was_tuned(rows, tmp_path):
+    write_page(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "- Several learning rates were tried for `plain-12` (wiki2-bytes), and" in page
+    write_page([each for each in rows if each["lr"] == 2e-3], tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "- All methods of a setting were trained at one learning rate: none was tuned." in page
+
+
 def test_a_setting_in_which_depth_does_not_pay_is_not_compared(rows, tmp_path):
     rows = [r for r in rows if r["method"] != "plain-12"] + [row("plain-12", 3.9)]
     write_page(rows, tmp_path)
     page = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "pays in 0 of 1 settings" in page
-    assert "depth is worth 2.5%. Nothing is compared." in page
-    assert "mixture-3 " not in page
+    assert "`plain-12` is 2.5% lower than that of `plain-3`. Nothing is compared." in page
+    assert "| mixture-3 " not in page
     assert "![" not in page
 
 
-def test_the_page_has_a_table_with_spread_and_three_pictures(rows, tmp_path):
-    write_page(rows, tmp_path)
+def test_the_page_has_a_table_with_spread_and_three_pictures(timed, tmp_path):
+    write_page(timed, tmp_path)
     page = (tmp_path / "quality.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in x.split("|")] for x in page.splitlines() if x[:1] == "|"]
     cells = {line[1]: line[2:] for line in lines}
     assert cells["plain-12"][:4] == ["3.1000 ± 0.1414", "1.000", "0.756", "100%"]
-    assert cells["mixture-3"][:4] == ["3.2500", "1.083", "0.812", "75%"]
+    assert cells["mixture-3"][:4] == ["3.2500 ± 0.0000", "1.083", "0.812", "75%"]
     for name in ("parameters", "memory", "time"):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
 
