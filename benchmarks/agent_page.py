@@ -73,7 +73,7 @@ def answer(groups: dict[str, Rows]) -> str:
     sentences = []
     for other, what in (
         (START, "its own start, kept"),
-        (PERMUTED, "its own decisions, applied to the wrong layers"),
+        (PERMUTED, "its own decisions, applied to permuted layers"),
         (RANDOM, "random changes"),
     ):
         pairs = _pairs(groups, AGENT, other)

@@ -26,11 +26,11 @@ OURS = "compress"
 AIMS = {4: 1.10, 6: 1.03}  # of the untouched perplexity, by layers kept of 12
 AIM_BELOW, AIM_DECIDING = 0.95, 0.10
 HOW = (
-    "Every method gets the same trained model, keeps as many parameters, and is healed on the "
-    "same batches for a tenth of the steps that the model was trained for, with the same "
-    "objective: nine tenths of the divergence from the untouched model's outputs, one tenth of "
-    "the ordinary loss. Learning rates are chosen on validation with the first seed, where "
-    "several were tried; a seed of healing is its order of data and what is drawn at random. "
+    "All methods but `trained from scratch` start from the same trained model, keep the same "
+    "number of parameters to within about 1 %, and are healed on the same batches for a tenth of "
+    "the steps that the model was trained for, with the same objective: nine tenths of the "
+    "divergence from the untouched model's outputs, one tenth of the ordinary loss. The seed of "
+    "healing sets the order of the data and the random draws. "
     "Ratios are of perplexities: per byte, or, of a ViT, per image. Times were taken while other "
     "work ran: compare them roughly. `make bench-compress` goes on measuring what is missing and "
     "writes this page from `benchmarks/results/compress.json`."
@@ -81,7 +81,7 @@ def page_of(found: Mapping[str, Any], sections: Mapping[tuple[str, int], Groups]
     parts.append("![Perplexity after healing, by method](images/compress.png)")
     measured = {method for groups in sections.values() for method in groups}
     what = [f"- `{method}` {about}" for method, about in WHAT.items() if method in measured]
-    parts += ["## How it was measured", HOW, "\n".join(what), _where(found)]
+    parts += ["## How it was measured", HOW, _rates(found["rows"]), "\n".join(what), _where(found)]
     for (teacher, sets), groups in sections.items():
         depth = TEACHERS[teacher].depth
         parts.append(f"## {teacher}: {sets} of {depth} layers")
@@ -170,6 +170,20 @@ def _gate(teacher: str, rows: Sequence[Case]) -> str:
         f"`{teacher}` ({TEACHERS[teacher].about}): the untouched model has {share:.3f} times the "
         f"perplexity of three layers trained for as long, so it has depth to lose (gate: at most "
         f"{GATE:.2f}, {passed})."
+    )
+
+
+def _rates(rows: Sequence[Case]) -> str:
+    """Which methods had several learning rates to choose from."""
+    tried: dict[tuple[str, int, str], set[float]] = {}
+    for row in rows:
+        if "error" not in row and row["steps"]:
+            key = row["teacher"], row["sets"], row["method"]
+            tried.setdefault(key, set()).add(row["lr"])
+    tuned = [f"`{m}` ({t}, {sets} layers)" for (t, sets, m), lrs in tried.items() if len(lrs) > 1]
+    return (
+        f"Several learning rates were tried for {', '.join(tuned) or 'no method'}; the best was "
+        f"chosen on validation with the first seed. The others had one."
     )
 
 

@@ -17,8 +17,7 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
         *_numerics([r for r in rows if r["measure"] == "numerics" and "error" not in r]),
         *memory_tables(done["memory"]),
         *speed_tables(done["speed"]),
-        "WikiText-2 for as long as there was time, the same for both:",
-        _training([r for r in rows if r["measure"] == "training" and r.get("curve")]),
+        *_training([r for r in rows if r["measure"] == "training" and r.get("curve")]),
     ]
 
 
@@ -40,9 +39,18 @@ def _numerics(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _training(rows: Sequence[Row]) -> str:
+def _training(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    config = rows[0]["config"]
+    checkpointing = "with" if config["checkpointing"] else "without"
+    about = (
+        f"The first steps of training on WikiText-2, of {config['batch_size']} x {config['bptt']} "
+        f"tokens, {checkpointing} gradient checkpointing. So few say what a step takes, and "
+        f"nothing about quality."
+    )
     heads = ("policy", "steps", "s/step", "validation perplexity", "independent", "peak, MB")
-    return markdown_table(
+    table = markdown_table(
         heads,
         [
             [
@@ -53,3 +61,4 @@ def _training(rows: Sequence[Row]) -> str:
             for r in rows
         ],
     )
+    return [about, table]

@@ -30,7 +30,7 @@ class Gate:
     figure: str | None = None
 
 
-DEPTH = 0.05  # by how much all layers have to beat a quarter of them
+DEPTH = 0.05  # by how much all layers have to be better than a quarter of them
 GATES = {
     "gpt2-wiki2": Gate("GPT-2 on WikiText-2", DEPTH),
     "gpt2-wiki103": Gate("GPT-2 on WikiText-103", DEPTH),
@@ -64,7 +64,7 @@ def problem(comparison: str, rows: Rows) -> str | None:
 def passed(comparison: str, rows: Rows) -> str:
     """What the conventional side of a comparison that is shown has reached, in a sentence's end."""
     gate, worth = GATES[comparison], worth_of_depth(comparison, rows)
-    depth = "" if worth is None else f"all layers beat a quarter of them by {worth:.1%}"
+    depth = "" if worth is None else _depth(worth)
     if gate.figure is None:
         return f"{depth} (gate: {DEPTH:.0%})"
     side = CONVENTIONAL.get(comparison, "conventional")
@@ -82,15 +82,19 @@ def _problem_of_depth(comparison: str, rows: Rows) -> str | None:
     if worth is None:
         return "no conventional model of a quarter of the layers was run"
     if worth < DEPTH:
-        return f"all layers beat a quarter of them by {worth:.1%}, and the gate is {DEPTH:.0%}"
+        return f"{_depth(worth)}, and the gate is {DEPTH:.0%}"
     return None
 
 
 def worth_of_depth(comparison: str, rows: Rows) -> float | None:
-    """By how much all layers beat a quarter of them, as a share of the perplexity of all layers."""
+    """By what share the perplexity of all layers is lower than that of a quarter of them."""
     if f"{comparison}-{SHALLOW}" not in rows:
         return None
     shallow, deep = (
         rows[f"{comparison}-{side}"]["test_perplexity"] for side in (SHALLOW, "conventional")
     )
-    return shallow / deep - 1
+    return 1 - deep / shallow
+
+
+def _depth(worth: float) -> str:
+    return f"the perplexity of all layers is {worth:.1%} lower than that of a quarter of them"

@@ -43,6 +43,7 @@ SHORT = {  # what stands in the page's first sentences
     "shallow": "a quarter of the layers",
     "mixture": "learned mixtures",
 }
+ABOVE_MAJORITY = 0.05  # accuracy that a model of GLUE has learned something with
 OTHERS = {"bert-wiki2": "BERT, masked tokens of WikiText-2", "vit-cifar10": "ViT, CIFAR-10"}
 
 
@@ -50,7 +51,7 @@ PICTURES = (
     "![Validation perplexity against tokens](images/results-curves.png)",
     "![Which layer uses whose weights, over the agent's decisions](images/results-tying.png)",
     "Above: validation perplexity against tokens, with the standard deviation where a method has "
-    "several seeds; the legend says how many, which are those whose run folders were at hand. "
+    "several seeds; the legend says how many are drawn. "
     "Below: whose weights each layer uses after each decision of the paper's agent; a stroke marks "
     "an independent layer.",
 )
@@ -76,6 +77,7 @@ def results_page(results: dict[str, Any], findings: Iterable[str] = ()) -> str:
         *_section("Other texts", _language(shown)),
         *_section("BERT and ViT", _others(shown)),
         *_section("GLUE, dev", _glue(shown)),
+        *_glue_that_says_nothing(shown),
         *findings,
         *_introduction(results["rows"]),
         *_not_run(results["not_run"]),
@@ -94,9 +96,9 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
         return row[key] / conventional[key]
 
     sentences = [
-        f"On WikiText-2, where all layers beat a quarter of them by "
-        f"{worth_of_depth(WIKITEXT, rows):.1%}, the paper's agent has {ratio('dynamic'):.3f} times "
-        f"the perplexity of conventional training, with "
+        f"On WikiText-2, where the perplexity of all layers is "
+        f"{worth_of_depth(WIKITEXT, rows):.1%} lower than that of a quarter of them, the paper's "
+        f"agent has {ratio('dynamic'):.3f} times the perplexity of conventional training, with "
         f"{ratio('dynamic', 'trainable_parameters_mean'):.0%} of its trainable parameters on "
         f"average.",
         f"A conventional model of a quarter of the layers has {ratio('shallow'):.3f} times the "
@@ -106,7 +108,7 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
     for side, what in (
         ("random", "Random changes instead of the agent's have"),
         ("final", "The pattern that the agent ended with, trained from the start, has"),
-        ("cycle", "The best fixed pattern of a quarter of the layers has"),
+        ("cycle", "The fixed pattern `cycle` of a quarter of the layers has"),
         ("mixture", "Learned mixtures of a quarter of the layers have"),
     ):
         if side in pairs:
@@ -141,14 +143,16 @@ def _gates_passed(rows: dict[str, Summary], missing: dict[str, str]) -> list[str
         for name, gate in GATES.items()
         if name not in missing
     ]
-    return ["Shown, because the conventional side has learned:", "\n".join(lines)] if lines else []
+    return (
+        ["Included, because the conventional side has learned:", "\n".join(lines)] if lines else []
+    )
 
 
 def _not_shown(missing: dict[str, str]) -> list[str]:
     if not missing:
         return []
     lines = [f"- {GATES[name].about}: {reason}." for name, reason in missing.items()]
-    text = "Not shown, because a difference between models that have not learned says nothing:"
+    text = "Omitted, because a difference between models that have not learned says nothing:"
     return [text, "\n".join(lines)]
 
 
@@ -179,8 +183,8 @@ def _introduction(entries: Sequence[dict[str, Any]]) -> list[str]:
         "standard deviation over seeds. *Independent* is the number of independent layers, "
         "*trainable* that of trainable parameters: mean over training, and at the end. *State* is "
         "parameters, gradients and optimizer state, mean and peak over the run. *Of conv.* is the "
-        "share of the conventional run's on the same data: below 100 % is less. For the time of a "
-        "step see [performance](performance.md).",
+        "share of the conventional run's on the same data and of the same seeds: below 100 % is "
+        "less. For the time of a step see [performance](performance.md).",
     ]
 
 
@@ -221,7 +225,7 @@ def _share(key: str) -> Callable[[Summary, Summary], str]:
 # fmt: off
 COSTS: tuple[Column, ...] = (
     ("independent, mean", _number("independent_layers_mean")),
-    ("independent, end", _number("independent_layers_end", 0)),
+    ("independent, end", _number("independent_layers_end")),
     ("trainable, mean", _scaled("trainable_parameters_mean", 1e6, "M")),
     ("trainable, end", _scaled("trainable_parameters_end", 1e6, "M")),
     ("state, mean", _scaled("model_state_bytes_mean", 1e6, "MB")),
@@ -303,6 +307,23 @@ def _glue(rows: dict[str, Summary]) -> str:
         ("majority class", _number("majority", 3)),
     ]
     return _table([(name, row, {}) for name, row in lines], columns, first="task")
+
+
+def _glue_that_says_nothing(rows: dict[str, Summary]) -> list[str]:
+    """The tasks whose conventional model is hardly better than always saying one class."""
+    said = []
+    for task in FORMATS:
+        row = rows.get(f"glue-{task}-none", {})
+        majority = _majority_share([row])
+        if majority is not None and row["accuracy"] < majority + ABOVE_MAJORITY:
+            said.append(task)
+    if not said:
+        return []
+    return [
+        f"On {' and '.join(said)} the conventional model is less than {100 * ABOVE_MAJORITY:.0f} "
+        f"points better than the majority class: it has learned next to nothing, and these rows "
+        f"say nothing about sharing."
+    ]
 
 
 def _majority_share(found: Iterable[Summary]) -> float | None:
