@@ -319,10 +319,11 @@ def _glue_that_says_nothing(rows: dict[str, Summary]) -> list[str]:
             said.append(task)
     if not said:
         return []
+    tasks = " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
     return [
-        f"On {' and '.join(said)} the conventional model is less than {100 * ABOVE_MAJORITY:.0f} "
-        f"points better than the majority class: it has learned next to nothing, and these rows "
-        f"say nothing about sharing."
+        f"On {tasks} the conventional model is less than {100 * ABOVE_MAJORITY:.0f} points better "
+        f"than the majority class: it has learned next to nothing, and these rows say nothing "
+        f"about sharing."
     ]
 
 

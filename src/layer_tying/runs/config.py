@@ -64,7 +64,7 @@ class OptimizationConfig:
     epochs: int = 1
     """passes over the training split"""
     max_steps: int | None = None
-    """optimizer steps; overrides --epochs"""
+    """optimizer steps (of train: instead of --epochs)"""
     accumulate: int = 1
     """batches whose gradients make one optimizer step"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
