@@ -60,10 +60,15 @@ def performance_page(results: Results) -> str:
     parts = ["# Performance", *_introduction(results)]
     rows = {name: result["rows"] for name, result in results.items()}
     targets = [*memory_targets(rows.get("memory", [])), *speed_targets(rows.get("speed", []))]
+    if "gpu" in rows:
+        targets += _targets_of_gpu(rows["gpu"], results["gpu"]["environment"])
     if targets:
         parts += [
             "## Targets",
-            markdown_table(("target", "limit", "measured", "met"), map(_line, targets)),
+            markdown_table(
+                ("target", "limit", "measured", "met"),
+                map(_line, sorted(targets, key=lambda target: target.is_met)),
+            ),
         ]
     if "memory" in rows:
         parts += ["## Memory", *_memory(rows["memory"])]
@@ -81,6 +86,16 @@ def performance_page(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _targets_of_gpu(rows: Sequence[Row], environment: dict[str, Any]) -> list[Target]:
+    """The same targets, of what was measured on a GPU, with its name."""
+    found = [
+        *memory_targets([row for row in rows if row["measure"] == "memory"]),
+        *speed_targets([row for row in rows if row["measure"] == "speed"]),
+    ]
+    device = environment["hardware"]["device"]
+    return [target._replace(name=f"{target.name}, {device}") for target in found]
+
+
 def _line(target: Target) -> tuple[str, ...]:
     return target.name, target.limit, target.measured, "**yes**" if target.is_met else "no"
 
@@ -94,9 +109,10 @@ def _introduction(results: Results) -> list[str]:
     ]
     return [
         "What tying saves in memory and costs or gains in time, by the size of model that the "
-        "paper trains: GPT-2, 48 layers x 1600, 25 heads, a vocabulary of 50,257. bf16 weights and "
-        "optimizer state, fused AdamW, one sequence a step. Written by the benchmarks from "
-        "`benchmarks/results/*.json`:",
+        "paper trains: GPT-2, 48 layers x 1600, 25 heads, a vocabulary of 50,257. Where nothing "
+        "else is said, weights and optimizer state are in bf16, the optimizer is fused AdamW, and "
+        "a step has one sequence. The targets are this project's own. Written by the benchmarks "
+        "from `benchmarks/results/*.json`:",
         "\n".join(lines),
     ]
 

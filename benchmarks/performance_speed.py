@@ -151,6 +151,10 @@ def speed_targets(rows: Sequence[Row]) -> list[Target]:
             share = row["of_conventional"][mode]["step"]
             name = f"step of conventional, `{mode}`, {side(row)}"
             targets.append(Target(name, f"<= {limit:.2f}", f"{share:.2f}", share <= limit))
+    for row in of_part(rows, "mixture"):
+        share = row["mixed_of_tied"]["step"]
+        name = f"step with mixtures of tied, {side(row)}"
+        targets.append(Target(name, "<= 1.10", f"{share:.2f}", share <= 1.1))
     for row in of_part(rows, "decision"):
         steps, share = row["decision_in_steps"], row["share_at_every_50"]
         targets += [

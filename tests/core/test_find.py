@@ -190,3 +190,8 @@ def test_a_second_name_for_the_blocks_does_not_make_them_shared_with_the_rest():
 def test_meta_tensors_will_do():
     with torch.device("meta"):
         assert len(find_layers(Plain()).blocks) == 6
+
+
+def test_what_is_untied_and_matches_nothing_is_refused():
+    with pytest.raises(InputError, match=r"untied 'norms\.\*' is the name of nothing in blocks\.0"):
+        find_layers(Plain(), untied=["scale", "norms.*"])

@@ -68,7 +68,7 @@ def test_vectors_can_be_each_layers_own(family, folder):
 
 
 def test_a_pattern_that_matches_nothing_is_refused(folder):
-    with pytest.raises(InputError, match=r"untied 'norms' is the name of no parameter of a layer"):
+    with pytest.raises(InputError, match=r"untied 'norms' is the name of nothing in"):
         train(small(folder, exp="nothing", untied="norms", **MIXTURE))
 
 

@@ -61,8 +61,9 @@ def find_layers(
         by_kind: group layers that differ into kinds instead of refusing them.
 
     Raises:
-        InputError: if there is no such list or more than one, if layers differ, or if the model is
-            wrapped for many processes in a way that does not notice parameters that are exchanged.
+        InputError: if there is no such list or more than one, if layers differ, if a pattern of
+            what is untied matches nothing, or if the model is wrapped for many processes in a way
+            that does not notice parameters that are exchanged.
     """
     _refuse_wrapped(model)
     containers = _named(model, layers) if layers else [_search(model, untied)]
@@ -75,6 +76,7 @@ def find_layers(
     if len(blocks) < 2:
         raise InputError(f"{', '.join(containers)} holds {len(blocks)} layer(s): nothing to tie")
     _refuse_repeats(names, blocks)
+    _check_untied(names, blocks, untied)
     kinds = _kinds(names, [_traits(block, untied) for block in blocks], by_kind)
     outside = _parameters_outside(model, blocks)
     slots = tuple(_slots(block, untied, outside) for block in blocks)
@@ -182,6 +184,18 @@ def _kinds(names: Sequence[str], traits: Sequence[Traits], by_kind: bool) -> tup
 
 def _is_untied(name: str, untied: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in untied)
+
+
+def _check_untied(names: Sequence[str], blocks: Sequence[nn.Module], untied: Sequence[str]) -> None:
+    """A pattern that matches nothing is a slip of the pen: what it was for would be shared."""
+    for pattern in untied:
+        kept = [_traits(block, [pattern]) == _traits(block, []) for block in blocks]
+        if all(kept):
+            known = ", ".join(name for name, _ in blocks[0].named_parameters())
+            raise InputError(
+                f"untied {pattern!r} is the name of nothing in {names[0]} or the other layers; "
+                f"their parameters are {known}"
+            )
 
 
 def _traits(block: nn.Module, untied: Sequence[str]) -> Traits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from typing import Any
 
@@ -81,13 +80,6 @@ def rules_of(config: TyingConfig, model_config: PretrainedConfig) -> Rules:
         InputError: if no tying keeps within it, or a pattern of what is untied matches nothing.
     """
     stack = find_layers(lay_out(model_config), untied=config.untied_names)
-    names = [name for name, _ in stack.blocks[0].named_parameters()]
-    for each in config.untied_names:
-        if not fnmatch.filter(names, each):
-            raise InputError(
-                f"untied {each!r} is the name of no parameter of a layer: they are "
-                f"{', '.join(names)}"
-            )
     most = max_independent(
         stack,
         num_layers=config.budget_layers,
