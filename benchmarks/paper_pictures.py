@@ -47,10 +47,11 @@ def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -
         if len(groups) == len(CURVES):
             label = "validation perplexity per byte"
             pictures["curves"] = draw_curves(groups, styles, "validation_perplexity", label)
-        agent = rows[min(rows)][AGENT].folder
-        if (agent / "summary.json").exists():
+        agents = [rows[seed][AGENT].folder for seed in sorted(rows)]
+        for agent in [folder for folder in agents if (folder / "summary.json").exists()][:1]:
             run = read_run(agent)
-            pictures["tying"] = draw_tying(run, owner_colours([run]))
+            figure = pictures["tying"] = draw_tying(run, owner_colours([run]))
+            figure.axes[0].set_title(f"seed {run.setting('seed')}", loc="left")
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for name, figure in pictures.items():

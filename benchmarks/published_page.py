@@ -24,6 +24,7 @@ ABOUT = {
     UNTIED: ("without tying", CONVENTIONAL),
 }
 STEPS_OF_A_DECISION = 4
+MEANS_OF = 20  # decisions, which the picture shows as one point
 HOW = (
     "The published training loop, agent and model (tamirdh/Dynamic-Layer-Tying, commit {commit}) "
     "run as they are on the bytes of WikiText-2; only the loading of the data is ours. Its "
@@ -166,10 +167,14 @@ def _drawn(groups: Groups) -> Figure:
         left, middle, right = figure.subplots(1, 3)
         for axes, side in ((left, PUBLISHED), (middle, OURS)):
             row = groups[side][0]
-            axes.plot(row["claimed"], color=CONVENTIONAL, lw=0.6, label="claimed")
-            axes.plot(row["storages"], color=ABOUT[side][1], lw=0.8, label="real")
+            for name, color, width in (
+                ("claimed", CONVENTIONAL, 3.0),  # wide, so that it is seen where both are equal
+                ("storages", ABOUT[side][1], 1.0),
+            ):
+                label = "claimed" if name == "claimed" else "real"
+                axes.plot(*_means_of(row[name]), color=color, lw=width, label=label)
             axes.set_title(ABOUT[side][0].replace("`", ""))
-            axes.set_xlabel("decisions")
+            axes.set_xlabel(f"decisions, means of {MEANS_OF}")
             axes.set_ylim(0, row["layers"])
             axes.legend()
         left.set_ylabel("independent layers")
@@ -181,6 +186,12 @@ def _drawn(groups: Groups) -> Figure:
         right.legend()
         figure.canvas.draw()
     return figure
+
+
+def _means_of(numbers: Sequence[float]) -> tuple[list[int], list[float]]:
+    """The means of as many numbers each, and the places of the first ones."""
+    places = list(range(0, len(numbers), MEANS_OF))
+    return places, [statistics.fmean(numbers[start : start + MEANS_OF]) for start in places]
 
 
 def _draw_perplexities(axes: Any, side: str, curves: list[list[float]]) -> None:

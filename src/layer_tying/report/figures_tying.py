@@ -149,10 +149,14 @@ def _stroke_independence(
 
 
 def _owner_legend(axes: Axes, owners: np.ndarray, colours: np.ndarray, room: float) -> None:
-    """The owners seen, in order, taller the more they own; labels at least `room` apart."""
+    """The owners seen, in order, taller the more they own; labels at least `room` apart.
+
+    Each gets the room of a label, and what is left by the square roots of what they own.
+    """
     seen = np.unique(owners)
     counts = np.bincount(owners.ravel(), minlength=len(colours))[seen]
-    heights = np.sqrt(counts) / np.sqrt(counts).sum()
+    least = room if room * len(seen) <= 1 else 0.0
+    heights = least + (1 - least * len(seen)) * np.sqrt(counts) / np.sqrt(counts).sum()
     tops = np.cumsum(heights) - heights
     bars = axes.bar(
         0, heights, bottom=tops, width=1, color=colours[seen], edgecolor=PAPER, linewidth=0.4
@@ -162,7 +166,7 @@ def _owner_legend(axes: Axes, owners: np.ndarray, colours: np.ndarray, room: flo
     axes.set(xlim=(-0.5, 0.5), ylim=(1, 0), xticks=[])
     ticks, last = [], -1.0
     for owner, centre in zip(seen, tops + heights / 2, strict=True):
-        if centre - last >= room:
+        if centre - last >= 0.999 * room:
             ticks.append((centre, str(owner)))
             last = centre
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
