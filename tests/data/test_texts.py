@@ -551,3 +551,19 @@ def test_published_counts(tmp_path):
     held_out = load_last_words("lambada", REAL)
     assert len(held_out) == 257
     assert not any(context in trained_on for context, _ in held_out)
+
+
+def test_two_files_of_one_part_are_refused_and_val_is_a_name(tmp_path):
+    for name in ("train.txt", "val.txt", "test.txt"):
+        (tmp_path / name).write_text(f"{name} has words\n" * 20, encoding="utf-8")
+    assert load_texts(str(tmp_path)).validation.startswith("val.txt")
+    (tmp_path / "more.train.txt").write_text("more words\n" * 20, encoding="utf-8")
+    with pytest.raises(InputError, match=r"more\.train\.txt and train\.txt are both its train"):
+        load_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x"])
+def test_a_home_directory_that_is_not_there_is_one_line(name):
+    for load in (load_texts, lambda name: load_texts("wiki2", name)):
+        with pytest.raises(InputError, match="nobody-of-this-name"):
+            load(name)

@@ -133,6 +133,7 @@ REFUSED = [
     *[({"policy": name, "groups": 3}, name) for name in ("dqn", "random", "none", "all", "repeat")],
     ({"policy": "bandit", "groups": 3, "initial": "all"}, "from all"),
     ({"policy": "cycle", "groups": 3, "initial": "sequence"}, "--initial"),
+    *[({"init_std": value}, str(value)) for value in (0.0, math.inf, math.nan)],
     ({"permute": 0}, "mixture"),
     ({"permute": -1, "policy": "recorded", "source": "runs/a"}, "-1"),
     *[({"activate_at": value, "policy": "all"}, str(value)) for value in (-0.1, 1.0, math.nan)],
@@ -280,3 +281,11 @@ def test_what_came_from_another_run_stays_unless_it_is_another_one():
     kept = with_changes(replay, seed=3)
     assert (kept.tying.tyings, kept.tying.settle) == (("0,0", "0,1"), None)
     assert with_changes(replay, source="runs/b").tying.tyings == ()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"format": 3, "model": []}', b"[1", b"{}"])
+def test_a_damaged_configuration_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json: ") as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)

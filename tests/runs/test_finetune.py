@@ -14,15 +14,20 @@ from tolerance import assert_close
 from layer_tying.cli import main
 from layer_tying.core.tying import Tying
 from layer_tying.data.glue import Example, encode
-from layer_tying.data.tokenizer import read_tokenizer
+from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
 from layer_tying.errors import InputError
 from layer_tying.models.build import build_model
 from layer_tying.paper.rows import TYINGS
 from layer_tying.runs.config import SHAPE, TrainConfig, read_config
+from layer_tying.runs.devices import make_accelerator
 from layer_tying.runs.evaluate import evaluate_run
+from layer_tying.runs.folder import RunFolder
 from layer_tying.runs.from_run import best_checkpoint, load_backbone
+from layer_tying.runs.resolve import resolve
 from layer_tying.runs.tasks import task_of
 from layer_tying.runs.train import train
+from layer_tying.runs.trainer import Trainer
+from layer_tying.saving.load import load
 
 FAMILIES = ("gpt2", "llama", "bert")
 TIED = Tying((0, 1, 0, 1))
@@ -101,7 +106,7 @@ def test_the_backbone_computes_what_the_run_did(folder, family, tying):
     best.load_weights(pretrained)
     target = best.tying if tying == "keep" else Tying.independent(4)
     classifier = classifier_of(config, target)
-    load_backbone(best, classifier)
+    load_backbone(Path(config.tying.source), classifier)
     ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = classifier.base_model(input_ids=ids).last_hidden_state
@@ -245,7 +250,7 @@ def test_weights_of_another_model_are_refused(folder):
     config = finetuning(folder, "gpt2", "keep")
     with pytest.raises(InputError, match=r"is of another model: its model\.\S+ does not fit"):
         load_backbone(
-            best_checkpoint(Path(config.tying.source)),
+            Path(config.tying.source),
             classifier_of(finetuning(folder, "llama", "keep"), TIED),
         )
 
@@ -267,3 +272,51 @@ def test_bad_flags_end_in_one_line(folder, capsys, arguments, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+# What a source reads otherwise than as it is stored
+
+SOURCES = {
+    "mixed": {"policy": "mixture", "groups": 2, "lr": 1e-2},
+    "scaled": {"policy": "cycle", "groups": 2, "residual_scaling": 1.0},
+    "norms apart": {"policy": "cycle", "groups": 2, "untied": "*ln_*", "lr": 1e-2},
+}
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("tying", ["keep", "none"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_backbone_computes_what_the_source_did_whatever_it_reads(folder, name, tying):
+    source = small(folder, exp=f"from-{name}", nlayers=4, bptt=24, max_steps=8, **SOURCES[name])
+    if not (source.folder / "summary.json").exists():
+        train(source)
+    config = finetuning(folder, "gpt2", tying, source=str(source.folder), exp=f"{name}-{tying}")
+    if (name, tying) == ("mixed", "keep"):
+        with pytest.raises(InputError, match="fine-tune it with --tying none"):
+            resolve(config, torch.device("cpu"))
+        return
+    config, task = resolve(config, torch.device("cpu"))
+    trainer = Trainer(config, task, make_accelerator(), RunFolder(config.folder, active=False))
+    trainer.load_pretrained(source.folder)
+    ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = trainer.model.eval().base_model(input_ids=ids).last_hidden_state
+        theirs = load(source.folder).base_model(input_ids=ids).last_hidden_state
+    assert_close(ours, theirs)
+
+
+def test_a_run_is_evaluated_with_the_tokenizer_that_it_saved(folder, tmp_path):
+    tokenizer = load_tokenizer("bpe:300", (folder / "text.txt").read_text(encoding="utf-8"))
+    tokenizer.save(tmp_path / "mine")
+    config = small(folder, exp="own-tokenizer", tokenizer=str(tmp_path / "mine"), max_steps=8)
+    train(config)
+    before = evaluate_run(config.folder, "test")
+    shutil.rmtree(tmp_path / "mine")
+    assert evaluate_run(config.folder, "test") == before
+
+
+def test_a_run_that_is_replaced_leaves_no_tokenizer(folder):
+    train(small(folder, exp="replaced", policy="none", max_steps=2))
+    config = small(folder, exp="replaced", policy="none", dataset="khop:1", bptt=25, max_steps=2)
+    train(config, overwrite=True)
+    assert not (config.folder / "tokenizer").exists()

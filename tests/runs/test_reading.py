@@ -1,10 +1,12 @@
 """The reader of run folders: settings by their flat names, whatever group holds them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
+from layer_tying.runs.folder import RunFolder
 from layer_tying.runs.reading import read_run
 
 
@@ -34,3 +36,13 @@ def test_a_run_is_conventional_if_every_layer_is_independent_throughout(folder):
 def test_an_absent_number_is_nan(folder):
     loss, missing = read_run(folder).series("loss"), read_run(folder).series("accuracy")
     assert loss[0] == 2.5 and np.isnan(loss[1]) and np.isnan(missing).all()
+
+
+def test_a_line_that_is_torn_before_its_end_is_mended(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}', encoding="utf-8")
+    folder.rewind(2)
+    folder.metrics(step=3, coefficients={"a": [[math.nan, 1.0]]}, loss=math.inf)
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1, 2, 3]
+    assert json.loads(lines[-1]) == {"step": 3, "coefficients": {"a": [[None, 1.0]]}, "loss": None}

@@ -92,6 +92,12 @@ def test_what_is_torn_or_of_another_model_is_refused(tmp_path):
     (tmp_path / "torn" / "state.json").unlink()
     with pytest.raises(InputError, match="not a whole checkpoint"):
         load_sharded(tmp_path / "torn", layers)
+    for pattern, says in ((".metadata", "not a whole checkpoint"), ("*.distcp", "is damaged")):
+        shutil.copytree(tmp_path / "saved", tmp_path / says)
+        for file in (tmp_path / says).glob(pattern):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(InputError, match=says):
+            load_sharded(tmp_path / says, layers)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         save_sharded(tmp_path / "file" / "saved", layers)

@@ -72,6 +72,8 @@ def _saved(arguments: Sequence[str]) -> TrainConfig | None:
                 return TrainConfig.from_json(path.read_text(encoding="utf-8"))
             except OSError as error:
                 raise InputError(f"--config {path}: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise InputError(f"--config {path}: not UTF-8") from None
     return None
 
 

@@ -23,7 +23,7 @@ from layer_tying.data import cifar
 from layer_tying.data.batches import ShuffledBatches
 from layer_tying.data.hub import hub_images, is_on_hub
 from layer_tying.data.own_images import Labelled, Parts, own_images
-from layer_tying.data.sources import data_folder
+from layer_tying.data.sources import data_folder, expanded
 from layer_tying.errors import InputError
 
 
@@ -83,7 +83,7 @@ def load_images(dataset: str, data_dir: str | Path | None = None) -> Images:
         return _images(dataset, *record.load(data_folder(data_dir)), record.classes)
     if is_on_hub(dataset):
         return _own_images(dataset, hub_images(dataset))
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if dataset and path.exists():
         return _own_images(path.name, own_images(path))
     raise InputError(

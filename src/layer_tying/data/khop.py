@@ -32,6 +32,9 @@ def is_khop(dataset: str) -> bool:
     return dataset.partition(":")[0] == NAME
 
 
+MOST_HOPS = 1000
+
+
 def hops_of(dataset: str) -> int:
     """K, the most hops, of a name: 6 for ``khop``.
 
@@ -41,8 +44,10 @@ def hops_of(dataset: str) -> int:
     _, colon, number = dataset.partition(":")
     if not colon:
         return USUAL_HOPS
-    if not (number.isascii() and number.isdigit() and int(number) >= 1):
-        raise InputError(f"data set {dataset!r}: expected {NAME}:K with K at least 1, as {NAME}:6")
+    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_HOPS):
+        raise InputError(
+            f"data set {dataset!r}: expected {NAME}:K with K from 1 to {MOST_HOPS:,}, as {NAME}:6"
+        )
     return int(number)
 
 

@@ -86,4 +86,6 @@ def _json_text(line: str) -> str | None:
     except ValueError:
         return None
     text = row.get("text") if isinstance(row, dict) else None
-    return text.strip() if isinstance(text, str) else None
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+        return None  # half a character cannot be encoded
+    return text.strip()

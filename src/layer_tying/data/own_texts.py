@@ -12,8 +12,8 @@ from layer_tying.errors import InputError
 def own_texts(path: Path) -> Texts:
     """The text of a file, cut 90/5/5, or of a folder.
 
-    A folder's train, valid(ation) or dev, and test files are its splits; without a train file, all
-    its files in order are one text.
+    A folder's train, validation (valid, val, dev) and test files are its splits; without a train
+    file, all its files in order are one text.
 
     Raises:
         InputError: if a file cannot be used, or the folder has a train file but not the others.
@@ -23,13 +23,22 @@ def own_texts(path: Path) -> Texts:
     return cut_text(path.name, read_text(path), path.name)
 
 
+VALIDATION = ("validation", "valid", "val", "dev")
+SPLITS = ("train", *VALIDATION, "test")
+
+
 def _folder_texts(folder: Path) -> Texts:
     files = sorted(file for file in folder.rglob("*") if _has_content(file, folder))
     if not files:
         raise InputError(f"{folder}: the folder holds no text, expected text files")
-    named = {file.stem.split(".")[-1]: file for file in files if file.parent == folder}
+    named: dict[str, Path] = {}
+    for file in (each for each in files if each.parent == folder):
+        role = file.stem.split(".")[-1]
+        if role in SPLITS and role in named:
+            raise InputError(f"{folder}: {named[role].name} and {file.name} are both its {role}")
+        named[role] = file
     if "train" in named:
-        validation = named.get("validation") or named.get("valid") or named.get("dev")
+        validation = next((named[name] for name in VALIDATION if name in named), None)
         if not (validation and "test" in named):
             raise InputError(f"{folder}: has a train file, so it needs a valid and a test file too")
         files = [named["train"], validation, named["test"]]

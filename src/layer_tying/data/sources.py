@@ -28,11 +28,19 @@ def data_folder(data_dir: str | Path | None) -> Path | None:
     named = data_dir or os.environ.get(ENVIRONMENT)
     if not named:
         return None
-    folder = Path(named).expanduser()
+    folder = expanded(named)
     if not folder.is_dir():
         origin = "--data-dir" if data_dir else f"${ENVIRONMENT}"
         raise InputError(f"data folder {folder} ({origin}) does not exist: name a folder")
     return folder
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with its ~ replaced; InputError if there is no such home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def first_existing(folder: Path | None, *names: str) -> Path | None:

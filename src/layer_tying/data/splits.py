@@ -54,9 +54,9 @@ def cut_list(items: list[str]) -> tuple[list[str], list[str], list[str]]:
     return items[:first], items[first:second], items[second:]
 
 
-def as_lines(rows: Iterable[str], blank: str = "") -> str:
-    """Rows as one text, each with one line end; an empty row becomes ``blank``."""
-    return "".join(f"{row.removesuffix(chr(10)) or blank}\n" for row in rows)
+def as_lines(rows: Iterable[str | None], blank: str = "") -> str:
+    """Rows as one text, each with one line end; an empty row, or none, becomes ``blank``."""
+    return "".join(f"{(row or '').removesuffix(chr(10)) or blank}\n" for row in rows)
 
 
 def _line_end(text: str, at: int) -> int:

@@ -21,7 +21,7 @@ from layer_tying.data import billion, lambada
 from layer_tying.data.hub import hub_texts, is_on_hub
 from layer_tying.data.own_texts import own_texts
 from layer_tying.data.pydocs import pydocs_texts
-from layer_tying.data.sources import data_folder, from_hub, place, read_text
+from layer_tying.data.sources import data_folder, expanded, from_hub, place, read_text
 from layer_tying.data.splits import Texts, as_lines, cut_list, cut_text, texts_of
 from layer_tying.errors import InputError
 
@@ -128,7 +128,7 @@ def load_texts(dataset: str, data_dir: str | Path | None = None) -> Texts:
         return _named_texts(dataset, data_dir)
     if is_on_hub(dataset):
         return hub_texts(dataset)
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if dataset and path.exists():
         return own_texts(path)
     raise InputError(

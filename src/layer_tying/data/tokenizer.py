@@ -20,7 +20,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from layer_tying.data.sources import data_folder, first_existing, from_hub, place, read_text
+from layer_tying.data.sources import (
+    data_folder,
+    expanded,
+    first_existing,
+    from_hub,
+    place,
+    read_text,
+)
 from layer_tying.errors import InputError
 
 BYTES = "bytes"
@@ -134,7 +141,7 @@ def load_tokenizer(spec: str, train_text: str, data_dir: str | Path | None = Non
         return _learn_bpe(spec, train_text)
     if spec in PUBLISHED:
         return _published(spec, data_folder(data_dir))
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.exists():
         return _from_path(path, name=path.name)
     raise InputError(
@@ -179,10 +186,15 @@ def _byte_backend() -> tokenizers.Tokenizer:
     return backend
 
 
+LARGEST = 10_000_000  # vocabulary
+
+
 def _learn_bpe(spec: str, train_text: str) -> Tokenizer:
     size, least = spec.removeprefix("bpe:"), 256 + len(OWN_SPECIAL)
-    if not (size.isascii() and size.isdigit() and int(size) >= least):
-        raise InputError(f"tokenizer {spec!r}: expected bpe:N with N at least {least}, as bpe:4096")
+    if not (size.isascii() and size.isdigit() and least <= int(size) <= LARGEST):
+        raise InputError(
+            f"tokenizer {spec!r}: expected bpe:N with N from {least} to {LARGEST:,}, as bpe:4096"
+        )
     backend = _byte_level(tokenizers.Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=int(size),

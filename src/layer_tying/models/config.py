@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
-from layer_tying.settings import check_at_least, check_shares, check_types
+from layer_tying.settings import (
+    check_at_least,
+    check_finite,
+    check_positive,
+    check_shares,
+    check_types,
+)
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -41,8 +47,8 @@ class ModelConfig:
         check_at_least(self, 1, ("nhead", "emsize"))
         check_at_least(self, 2, ("nlayers",))
         check_shares(self, ("dropout",))
-        if not self.init_std > 0:
-            raise InputError(f"init_std is more than 0, got {self.init_std}")
+        check_positive(self, ("init_std",))
+        check_finite(self, ("init_std",))
         if self.emsize % self.nhead:
             raise InputError(f"emsize {self.emsize} is not divisible by nhead {self.nhead}")
         multiple = FAMILIES[self.family].head_width_multiple

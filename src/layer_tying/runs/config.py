@@ -238,7 +238,7 @@ class TrainConfig:
                 raise InputError(f"it has format {number}; this program reads format {FORMAT}")
             groups = {name: kind(**_tuples(saved.pop(name))) for name, kind in GROUPS.items()}
             return cls(**groups, **_tuples(saved))
-        except (InputError, KeyError, TypeError, ValueError) as error:
+        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a run's configuration: {error}") from None
 
 
@@ -277,6 +277,8 @@ def read_config(folder: Path) -> TrainConfig:
         text = (folder / CONFIG).read_text(encoding="utf-8")
     except OSError:
         raise InputError(f"{folder} holds no run (no {CONFIG})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{folder / CONFIG}: not a run's configuration: not UTF-8") from None
     try:
         return TrainConfig.from_json(text)
     except InputError as error:

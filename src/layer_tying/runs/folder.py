@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from layer_tying.core.tying import Tying
+from layer_tying.data.tokenizer import FOLDER as TOKENIZER
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
 from layer_tying.policies.base import Decision
@@ -77,8 +78,8 @@ class RunFolder:
         with _writing(self.path):
             for file in files:
                 file.unlink(missing_ok=True)
-            for saved in self.checkpoints.iterdir():
-                shutil.rmtree(saved)
+            for saved in (*self.checkpoints.iterdir(), self.path / TOKENIZER):
+                shutil.rmtree(saved, ignore_errors=saved.name == TOKENIZER)
         self._write(CONFIG, config.to_json() + "\n")
 
     def metrics(self, **values: Any) -> None:
@@ -101,8 +102,8 @@ class RunFolder:
         for name in (METRICS, DECISIONS):
             if (self.path / name).exists():
                 text = (self.path / name).read_text(encoding="utf-8", errors="replace")
-                lines = text.splitlines(keepends=True)
-                self._write(name, "".join(line for line in lines if _step_of(line) <= step))
+                kept = [line for line in text.splitlines() if _step_of(line) <= step]
+                self._write(name, "".join(f"{line}\n" for line in kept))
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         if self._active:
@@ -147,12 +148,13 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
     return line
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON does not have become null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+def _finite(value: Any) -> Any:
+    """Numbers that JSON does not have become null, also within lists and objects."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from layer_tying.core.find import find_layers
 from layer_tying.core.gather import put
 from layer_tying.core.tying import Tying
+from layer_tying.core.untied_copy import untied_copy
 from layer_tying.errors import InputError
 from layer_tying.runs.config import SHAPE, TrainConfig, read_config
 from layer_tying.runs.reading import read_run
 from layer_tying.runs.tying_config import TyingConfig
 from layer_tying.saving.checkpoint import Checkpoint, read_checkpoint, unique_tensors
+from layer_tying.saving.load import load
 
 
 def settings_from(config: TrainConfig) -> dict[str, Any]:
@@ -32,7 +33,14 @@ def settings_from(config: TrainConfig) -> dict[str, Any]:
     source = Path(config.tying.source)
     if config.data.task:
         _check_same(config, source, SHAPE)
-        return {"tyings": (owners_text(best_checkpoint(source).tying),)}
+        best = best_checkpoint(source)
+        if best.settings.mixes and config.tying.policy != "none":
+            raise InputError(
+                f"the layers of {source} mix their weights, which no tying can go on from: "
+                f"fine-tune it with --tying none, which gives each layer its own"
+            )
+        untied = ",".join(best.settings.untied) or None
+        return {"tyings": (owners_text(best.tying),), "untied": untied}
     theirs = read_config(source).tying
     settings: dict[str, Any] = {"shared_init": theirs.shared_init, "inherit": theirs.inherit}
     if config.tying.freezes:  # all layers are in memory: no weights are shared at the start
@@ -86,25 +94,23 @@ def best_checkpoint(source: Path) -> Checkpoint:
     return read_checkpoint(source / "checkpoints" / "best")
 
 
-def load_backbone(best: Checkpoint, model: PreTrainedModel) -> None:
-    """Copy a language model's weights into a classifier of its shape, whatever its tying.
+def load_backbone(source: Path, model: PreTrainedModel) -> None:
+    """Copy a language model's best weights into a classifier of its shape, whatever its tying.
 
-    Every layer gets the weights that it used there. The classifier's head stays as it is.
+    Every layer gets what it computed with there: mixtures and 1/n residual scaling are in it. The
+    classifier's head stays as it is.
 
     Raises:
         InputError: if a weight is missing, or of another shape.
     """
-    saved = best.weights()
-    layers = find_layers(model).names
-    owner_of = {layer: layers[best.tying.owners[i]] for i, layer in enumerate(layers)}
+    saved = untied_copy(load(source)).state_dict()
     heads = (f"{model.base_model_prefix}.pooler.",)  # BERT's masked model has none
     for name, tensor in unique_tensors(model).items():
         if not name.startswith(f"{model.base_model_prefix}.") or name.startswith(heads):
             continue
-        layer = next((each for each in layers if name.startswith(f"{each}.")), "")
-        there = saved.get(owner_of.get(layer, "") + name.removeprefix(layer))
+        there = saved.get(name)
         if there is None or there.shape != tensor.shape:
-            raise InputError(f"{best.folder} is of another model: its {name} does not fit")
+            raise InputError(f"{source} is of another model: its {name} does not fit")
         put(tensor, there)
 
 

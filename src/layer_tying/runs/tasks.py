@@ -14,12 +14,12 @@ def task_of(config: TrainConfig, run: Path | None = None) -> Task:
 
     Args:
         config: the run.
-        run: the folder whose tokenizer is used for fine-tuning; the run that ``--from`` names if
-            None.
+        run: its folder, whose tokenizer is used if it has one. Fine-tuning begins with that of the
+            run that ``--from`` names.
 
     Raises:
         InputError: if they cannot be found or used.
     """
-    if run is None and config.tying.source:
+    if run is None and config.tying.source and config.data.task:
         run = Path(config.tying.source)
     return build_task(config.data, config.model, config.seed, run / FOLDER if run else None)

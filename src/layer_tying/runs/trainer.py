@@ -35,7 +35,7 @@ from layer_tying.models.families import residual_outputs
 from layer_tying.policies.base import Policy
 from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.folder import RunFolder, decision_line
-from layer_tying.runs.from_run import best_checkpoint, load_backbone
+from layer_tying.runs.from_run import load_backbone
 from layer_tying.runs.memory import ModelState, model_state, peak_bytes
 from layer_tying.runs.optimization import adamw, learning_rate
 from layer_tying.runs.precision import autocast, choose_attention
@@ -147,7 +147,7 @@ class Trainer:
 
     def load_pretrained(self, source: Path) -> None:
         """Begin with the weights of a run of the same shape (fine-tuning)."""
-        load_backbone(best_checkpoint(source), self.model)
+        load_backbone(source, self.model)
 
     @property
     def step(self) -> int:

@@ -222,6 +222,6 @@ def _unwritable(folder: str | Path, error: Exception) -> InputError:
     return InputError(f"cannot write the export {folder}: {one_line(error)}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message, without line ends and not too long."""
     return " ".join(str(error).split())[:200]

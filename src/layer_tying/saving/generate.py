@@ -6,6 +6,7 @@ special care: cached and uncached decoding agree.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from layer_tying.errors import InputError
 from layer_tying.saving.export_run import tokenizer_of
 from layer_tying.saving.load import load
 
+COLDEST = 1e-6  # a temperature, below which logits overflow
 USUAL_LENGTH = 100  # new tokens, where none are asked for and the context has room
 
 
@@ -48,6 +50,10 @@ def generate(
         InputError: if the model is not one that goes on from a text, or the context is too short.
     """
     sampling = _sampling(temperature, top_k)
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is at least 0 and less than 2^63, got {seed}")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise InputError(f"the prompt is not UTF-8: {prompt!r}")
     tokenizer = tokenizer_of(folder)
     model = load(folder)
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):
@@ -73,8 +79,8 @@ def generate(
 
 def _sampling(temperature: float, top_k: int | None) -> dict[str, Any]:
     """How the next token is chosen, as transformers' ``generate`` takes it."""
-    if temperature < 0:
-        raise InputError(f"temperature is at least 0, got {temperature}")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise InputError(f"temperature is 0 or at least {COLDEST:g}, got {temperature}")
     if top_k is not None and top_k < 1:
         raise InputError(f"top-k is at least 1, got {top_k}")
     if temperature == 0:

@@ -36,6 +36,7 @@ from layer_tying.saving.checkpoint import (
     split_tree,
     unique_tensors,
 )
+from layer_tying.saving.export import one_line
 
 STATE = "state.json"
 MODEL, OPTIMIZER, TRAINING = "model/", "optimizer/", "training"  # how the tensors' names begin
@@ -89,13 +90,13 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
 
     Raises:
         InputError: if there is no whole checkpoint, or it is of another model; then nothing has
-            changed.
+            changed, unless a file of weights turns out to be damaged.
     """
     try:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} is not a whole checkpoint: {error}") from None
+    except Exception as error:  # torch's reader raises whatever a damaged file leads to
+        raise InputError(f"{folder} is not a whole checkpoint: {one_line(error)}") from None
     facts = {n: each for n, each in stored.items() if isinstance(each, TensorStorageMetadata)}
     _check_fit(folder, facts, layers)
     layers.apply(Tying(tuple(saved["owners"])))
@@ -103,7 +104,10 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
     states = _empty_optimizer_state(layers, facts)
     wanted = {**training, **states, **_weights(layers)}
     with _alone_without_a_word():
-        load(wanted, checkpoint_id=folder, no_dist=world_size() == 1)
+        try:
+            load(wanted, checkpoint_id=folder, no_dist=world_size() == 1)
+        except CheckpointException as error:
+            raise InputError(f"{folder} is damaged: {one_line(error)}") from None
     _set_optimizer_state(layers, {**states, **saved["optimizer"]})
     return join_tree(saved["training"], training)
 

@@ -73,7 +73,7 @@ def build_task(
         data: which data, and how they are cut into batches.
         model: the shape of the model.
         seed: of the order of the batches.
-        tokenizer_folder: for ``data.task``, where the tokenizer of the fine-tuned model lies.
+        tokenizer_folder: where the tokenizer of the model lies, if it was trained already.
 
     Raises:
         InputError: if the data cannot be found or used, or do not fit the model.
@@ -86,7 +86,10 @@ def build_task(
     if is_khop(data.dataset):
         return KhopTask(data, model, seed)
     texts = load_texts(data.dataset, data.data_dir)
-    tokenizer = load_tokenizer(data.tokenizer, texts.train, data.data_dir)
+    if tokenizer_folder and tokenizer_folder.is_dir():  # it may lie elsewhere no more
+        tokenizer = read_tokenizer(tokenizer_folder)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer, texts.train, data.data_dir)
     masked = is_masked(data, model)
     last_words = [] if masked else load_last_words(data.dataset, data.data_dir)
     config = language_config(data, model, tokenizer)
