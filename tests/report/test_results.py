@@ -73,6 +73,8 @@ def test_what_is_worse_than_conventional_is_shown_so():
         in opening
     )
     assert "take 100% of the conventional memory on average and 25% at the peak" in opening
+    assert "49.37 with its agent and 53.57 without" in page
+    assert "0.922 times the conventional one, against 1.250 at this scale" in page
 
 
 def test_what_has_not_learned_is_not_shown_and_says_why():
@@ -118,7 +120,7 @@ def test_a_row_of_one_seed_is_compared_with_the_conventional_run_of_that_seed():
     )
     cells = cells_of(page, "learned mixtures, uses scaled by 1/n")
     assert cells[1:3] == ["110.000", "110.0%"]  # and not 73 % of the mean
-    assert "Learned mixtures of a quarter of the layers have 1.100 times" in page
+    assert "; learned mixtures of a quarter of the layers 1.100." in page
 
 
 def test_glue_stands_by_task_and_tying():
