@@ -2,7 +2,7 @@
 
 A small model trains with the agent, which decides every five steps, with the paper's literal reward
 and with its logarithm. It is compared with its own decisions applied to permuted layers (as many
-changes at the same times, of permuted layers), with random changes, and with the tying that it
+changes at the same times), with random changes, and with the tying that it
 starts from. Results: `benchmarks/results/agent.json` and `docs/agent.md`.
 
     python benchmarks/agent.py                 # 15 runs, about an hour of one thread; resumes

@@ -48,7 +48,8 @@ def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -
             label = "validation perplexity per byte"
             pictures["curves"] = draw_curves(groups, styles, "validation_perplexity", label)
         agents = [rows[seed][AGENT].folder for seed in sorted(rows)]
-        for agent in [folder for folder in agents if (folder / "summary.json").exists()][:1]:
+        agent = next((folder for folder in agents if (folder / "summary.json").exists()), None)
+        if agent:
             run = read_run(agent)
             figure = pictures["tying"] = draw_tying(run, owner_colours([run]))
             figure.axes[0].set_title(f"seed {run.setting('seed')}", loc="left")

@@ -167,12 +167,9 @@ def _drawn(groups: Groups) -> Figure:
         left, middle, right = figure.subplots(1, 3)
         for axes, side in ((left, PUBLISHED), (middle, OURS)):
             row = groups[side][0]
-            for name, color, width in (
-                ("claimed", CONVENTIONAL, 3.0),  # wide, so that it is seen where both are equal
-                ("storages", ABOUT[side][1], 1.0),
-            ):
-                label = "claimed" if name == "claimed" else "real"
-                axes.plot(*_means_of(row[name]), color=color, lw=width, label=label)
+            wide = {"color": CONVENTIONAL, "lw": 3.0}  # it is seen where both are equal
+            axes.plot(*_means_of(row["claimed"]), **wide, label="claimed")
+            axes.plot(*_means_of(row["storages"]), color=ABOUT[side][1], lw=1.0, label="real")
             axes.set_title(ABOUT[side][0].replace("`", ""))
             axes.set_xlabel(f"decisions, means of {MEANS_OF}")
             axes.set_ylim(0, row["layers"])

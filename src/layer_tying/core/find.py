@@ -188,13 +188,15 @@ def _is_untied(name: str, untied: Sequence[str]) -> bool:
 
 def _check_untied(names: Sequence[str], blocks: Sequence[nn.Module], untied: Sequence[str]) -> None:
     """A pattern that matches nothing is a slip of the pen: what it was for would be shared."""
+    if not untied:
+        return
+    traits = [_traits(block, ()) for block in blocks]
+    known = [name for each in traits for name in (*each.parameters, *each.settings)]
     for pattern in untied:
-        kept = [_traits(block, [pattern]) == _traits(block, []) for block in blocks]
-        if all(kept):
-            known = ", ".join(name for name, _ in blocks[0].named_parameters())
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise InputError(
                 f"untied {pattern!r} is the name of nothing in {names[0]} or the other layers; "
-                f"their parameters are {known}"
+                f"their parameters are {', '.join(traits[0].parameters)}"
             )
 
 

@@ -9,7 +9,7 @@ Facts:
 import json
 from pathlib import Path
 
-from layer_tying.data.sources import first_existing, place, read_text
+from layer_tying.data.sources import first_existing, is_encodable, place, read_text
 from layer_tying.data.splits import Texts, cut_list, texts_of
 from layer_tying.errors import InputError
 
@@ -86,6 +86,4 @@ def _json_text(line: str) -> str | None:
     except ValueError:
         return None
     text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-        return None  # half a character cannot be encoded
-    return text.strip()
+    return text.strip() if isinstance(text, str) and is_encodable(text) else None

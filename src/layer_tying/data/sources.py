@@ -43,6 +43,15 @@ def expanded(path: str | Path) -> Path:
         raise InputError(f"{path}: {error}") from None
 
 
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8, which half a character (a surrogate) cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def first_existing(folder: Path | None, *names: str) -> Path | None:
     """The first of folder/name that exists, or None (also without a folder)."""
     if folder is None:

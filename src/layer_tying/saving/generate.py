@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.data.sources import is_encodable
 from layer_tying.errors import InputError
 from layer_tying.saving.export_run import tokenizer_of
 from layer_tying.saving.load import load
@@ -52,7 +53,7 @@ def generate(
     sampling = _sampling(temperature, top_k)
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is at least 0 and less than 2^63, got {seed}")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):
+    if not is_encodable(prompt):
         raise InputError(f"the prompt is not UTF-8: {prompt!r}")
     tokenizer = tokenizer_of(folder)
     model = load(folder)
