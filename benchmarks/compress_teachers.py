@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import Case
-from quality_settings import SETTINGS, Flags
+from quality_settings import SETTINGS, Flags, of_the_paper
 
-from layer_tying.paper.rows import recipes
 from layer_tying.runs.config import TrainConfig
 
 SCRATCH = "trained from scratch"
-ITS_OWN = ("exp", "output_dir")  # what a run is called, and where it lies
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,6 @@ class Teacher:
         """Its shape and training, for the page."""
         width = self.flags["emsize"]
         return f"{self.what} of {self.depth} layers x {width}, {self.steps:,} steps"
-
-
-def of_the_paper(name: str) -> Flags:
-    """The flags of a conventional row of the paper at its small scale."""
-    flags = recipes("small")[name].flat()
-    return {name: value for name, value in flags.items() if name not in ITS_OWN}
 
 
 TEXT = SETTINGS["wiki2-bytes"]

@@ -16,7 +16,7 @@ from quality_rows import (
     step_seconds,
     steps_to,
 )
-from quality_settings import Setting
+from quality_settings import Setting, half_as_long
 
 PARAMETERS = "trainable_parameters_mean"
 
@@ -33,7 +33,10 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
         if settings[name][0].accuracy:  # the perplexity of a task that is solved has no meaning
             parts.append(_accuracy(name, *settings[name]))
         else:
-            parts += [_perplexity(name, *settings[name]), _time(name, *settings[name])]
+            setting, groups = settings[name]
+            parts.append(_perplexity(name, setting, groups))
+            for ours in (f"mixture-{setting.sets[0]}", half_as_long(setting)):
+                parts.append(_time(name, ours, setting, groups))
     return "\n".join(f"- {part}" for part in parts if part)
 
 
@@ -94,20 +97,24 @@ def _perplexity(name: str, setting: Setting, groups: Groups) -> str:
     )
 
 
-def _time(name: str, setting: Setting, groups: Groups) -> str:
-    """When the mixture gets near the deep model, and past the shallow one, by their times."""
-    ours = f"mixture-{setting.sets[0]}"
+def _time(name: str, ours: str, setting: Setting, groups: Groups) -> str:
+    """When a mixture gets near the deep model, and past the shallow one, by their times."""
     near = _time_to(groups, ours, setting.deep, 1.05)
     past = _time_to(groups, ours, setting.rival, 1.0)
     if near is None and past is None:
         return ""
-    deep = f"{near:.2f} times" if near else "more than"
-    shallow = f"in {past:.1f} times its training time" if past else "never"
-    return (
-        f"`{name}`, against time: `{ours}` comes within 5 % of the final validation perplexity of "
-        f"`{setting.deep}` in {deep} the time that `{setting.deep}` trained, and reaches that of "
-        f"`{setting.rival}` {shallow}."
+    deep = f"within 5 % of the final validation perplexity of `{setting.deep}`"
+    to_deep = (
+        f"comes {deep} in {near:.2f} times the time that `{setting.deep}` trained"
+        if near
+        else f"does not come {deep}"
     )
+    to_rival = (
+        f"reaches that of `{setting.rival}` in {past:.1f} times its training time"
+        if past
+        else f"does not reach that of `{setting.rival}`"
+    )
+    return f"`{name}`, against time: `{ours}` {to_deep}, and {to_rival}."
 
 
 def _time_to(groups: Groups, ours: str, other: str, factor: float) -> float | None:
