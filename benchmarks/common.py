@@ -48,10 +48,10 @@ def gpt2(num_layers: int, width: int, heads: int, length: int, tying: Tying) -> 
     return build_model(config, tying, device=DEVICE, dtype=torch.bfloat16)
 
 
-def batch(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of one sequence, [1, length] each."""
+def batch(length: int, seed: int = 0, sequences: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels, [sequences, length] each."""
     rng = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (1, length + 1), generator=rng).to(DEVICE)
+    tokens = torch.randint(VOCABULARY, (sequences, length + 1), generator=rng).to(DEVICE)
     return tokens[:, :-1], tokens[:, 1:]
 
 

@@ -152,11 +152,12 @@ def cases(tiny: bool) -> list[tuple[float, Case]]:
     usual = ("steps", "mixture", "generate")
     for part in usual if tiny else (*usual, "decision", "compile"):
         case = {"measure": "speed", "part": part, "family": "gpt2", "repeats": 2 if tiny else 5}
-        more = {"checkpointing": True} if part == "mixture" else {}
+        more = {"checkpointing": True, "sequences": 1} if part == "mixture" else {}
         found.append((300.0, {**case, **tied, **more}))
-    for shape in () if tiny else (SHAPE, MEDIUM):
+    for sequences, shape in () if tiny else ((8, SHAPE), (1, MEDIUM), (8, MEDIUM)):
         case = {"measure": "speed", "part": "mixture", "repeats": 5, **shape, "length": 1024}
-        found.append((300.0, {**case, "independent": shape["layers"] // 4, "checkpointing": False}))
+        sets = {"independent": shape["layers"] // 4, "sequences": sequences}
+        found.append((300.0, {**case, **sets, "checkpointing": False}))
     return found
 
 

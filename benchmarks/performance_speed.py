@@ -52,12 +52,13 @@ def _steps(rows: Sequence[Row]) -> str:
 
 
 def _mixtures(rows: Sequence[Row]) -> str:
-    heads = ("model", "checkpointing", "tied, s/step", "mixed, s/step", "of tied", "peak, MB more")
+    heads = ("model", "tokens", "checkpointing", "tied, s/step", "mixed, s/step", "of tied")
     return markdown_table(
-        heads,
+        (*heads, "peak, MB more"),
         [
             [
-                f"{side(row)}, {row['length']} tokens",
+                side(row),
+                f"{row['sequences']} x {row['length']:,}",
                 "yes" if row["checkpointing"] else "no",
                 f"{row['seconds']['tied']['step']:.3f}",
                 f"{row['seconds']['mixed']['step']:.3f}",
@@ -153,7 +154,10 @@ def speed_targets(rows: Sequence[Row]) -> list[Target]:
             targets.append(Target(name, f"<= {limit:.2f}", f"{share:.2f}", share <= limit))
     for row in of_part(rows, "mixture"):
         share = row["mixed_of_tied"]["step"]
-        name = f"step with mixtures of tied, {side(row)}"
+        tokens = f"{row['sequences']} x {row['length']:,} tokens"
+        name = f"step with mixtures of tied, {side(row)}, {tokens}"
+        if row["checkpointing"]:
+            name += ", checkpointed"
         targets.append(Target(name, "<= 1.10", f"{share:.2f}", share <= 1.1))
     for row in of_part(rows, "decision"):
         steps, share = row["decision_in_steps"], row["share_at_every_50"]

@@ -6,7 +6,7 @@ sequence a step.
 
 - ``steps``: forward, backward and optimizer of a step: conventional, ``sum`` and ``owner``.
 - ``decision``: a decision of the agent, with its transition and evaluation, in training steps.
-- ``mixture``: a step of learned mixtures against one of a tied model, with 1,024 tokens.
+- ``mixture``: a step of learned mixtures against one of a tied model, of 1,024 tokens.
 - ``compile``: compiled layers against eager ones, and graphs compiled over 20 transitions, in the
   setting in which the command trains.
 - ``generate``: tokens a second with a KV cache, loaded compactly and expanded.
@@ -113,11 +113,9 @@ def cases(is_quick: bool, parts: Iterable[str]) -> Iterator[Case]:
             if part == "load":
                 yield from ({"part": part, **shape, "format": format} for format in FORMATS)
             elif part == "mixture":
-                length = {"length": 64 if is_quick else 1024}
-                yield from (
-                    {"part": part, **shape, **length, "checkpointing": checkpointing}
-                    for checkpointing in (True, False)
-                )
+                tokens = {"length": 64 if is_quick else 1024, "sequences": 1}
+                for checkpointing in (True,) if shape is LARGE else (True, False):
+                    yield {"part": part, **shape, **tokens, "checkpointing": checkpointing}
             elif part != "compile":
                 yield {"part": part, **shape}
     if "compile" in parts:

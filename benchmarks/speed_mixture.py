@@ -22,7 +22,7 @@ def measure_mixture(case: Case) -> Case:
     repeats: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for repeat in range(case["repeats"] + 1):
         for name, times in repeats.items():
-            seconds = timed_step(*sides[name], case["length"])
+            seconds = timed_step(*sides[name], case["length"], case["sequences"])
             if repeat:  # the first one warms up
                 times.append(seconds)
     minima = {name: fastest(times) for name, times in repeats.items()}
@@ -45,6 +45,6 @@ def _peaks(sides: dict[str, Side], case: Case) -> dict[str, int]:
     for name, pair in sides.items():
         gc.collect()
         peak_of_phase()
-        timed_step(*pair, case["length"])
+        timed_step(*pair, case["length"], case["sequences"])
         peaks[name] = peak_of_phase()
     return peaks

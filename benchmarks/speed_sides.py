@@ -27,10 +27,12 @@ def both_sides(case: Case) -> tuple[Side, Side]:
     return side(case, Tying.independent(case["layers"])), side(case, tying)
 
 
-def timed_step(model: PreTrainedModel, optimizer: Optimizer, length: int) -> dict[str, float]:
+def timed_step(
+    model: PreTrainedModel, optimizer: Optimizer, length: int, sequences: int = 1
+) -> dict[str, float]:
     """Seconds of each part of a training step, and of all of it."""
     marks = [now()]
-    loss = language_model_loss(model, *batch(length))
+    loss = language_model_loss(model, *batch(length, sequences=sequences))
     marks.append(now())
     loss.backward()
     marks.append(now())

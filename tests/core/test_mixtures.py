@@ -33,10 +33,12 @@ def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, TiedLayers, nn.Mod
     return model, layers, untied
 
 
-def test_mixing_and_its_gradients_by_hand():
-    coefficients = torch.tensor([2.0, -1.0], requires_grad=True)
-    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    other = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # these numbers are exact
+def test_mixing_and_its_gradients_by_hand(dtype):
+    as_leaf = {"dtype": dtype, "requires_grad": True}
+    coefficients = torch.tensor([2.0, -1.0], **as_leaf)
+    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]], **as_leaf)
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0]], **as_leaf)
     mixed = mix(coefficients, one, other)
     assert mixed.tolist() == [[2.0, 3.0], [5.0, 8.0]]
     (mixed * torch.tensor([[1.0, 0.0], [0.0, 10.0]])).sum().backward()

@@ -55,6 +55,13 @@ def gradients_of_mix(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient of the coefficients, [M], and those of the sets that are wanted."""
     flat = gradient.reshape(-1)
-    to_coefficients = torch.stack([torch.dot(flat, each.reshape(-1)) for each in sets])
+    to_coefficients = torch.stack([_inner(flat, each.reshape(-1)) for each in sets])
     to_sets = [gradient * coefficients[m] if wanted else None for m, wanted in enumerate(is_wanted)]
     return to_coefficients, to_sets
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of two vectors. In bfloat16, torch's takes 20 times as long on a CPU."""
+    if one.dtype in (torch.float32, torch.float64):
+        return torch.dot(one, other)
+    return (one * other).sum()
