@@ -216,6 +216,14 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
+def with_several_rates(rows: Iterable[Case], *names: str) -> list[tuple[Any, ...]]:
+    """The values of these entries for which rows have more than one learning rate."""
+    rates: dict[tuple[Any, ...], set[float]] = {}
+    for row in rows:
+        rates.setdefault(tuple(row[name] for name in names), set()).add(row["lr"])
+    return [values for values, tried in rates.items() if len(tried) > 1]
+
+
 def run_case_or(main: Callable[[], None], measure: Callable[[Case], Case]) -> None:
     """The entry point of a benchmark: of the whole, or of one side in its own process."""
     if len(sys.argv) == 3 and sys.argv[1] == "--case":

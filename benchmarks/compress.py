@@ -42,6 +42,7 @@ from layer_tying.tasks.base import Task
 OURS: dict[str, dict[str, Any]] = {
     "compress": {"sharing": "mixture"},
     "compress, tied": {"sharing": "tied"},
+    "compress, hidden states": {"sharing": "mixture", "hidden_weight": 1.0},
     "compress, gradual": {"sharing": "mixture", "gradual": True},
     "compress, closed form": {"sharing": "mixture", "start": "closed-form"},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from common import Case
+from common import Case, with_several_rates
 from compress_rivals import RIVALS
 from compress_teachers import SCRATCH, TEACHERS
 from matplotlib.figure import Figure
@@ -40,6 +40,8 @@ WHAT = {
     "compress": "measures which groups of layers move the output least, and lets each layer learn "
     "a mixture of the kept ones.",
     "compress, tied": "ties the same groups.",
+    "compress, hidden states": "also learns the hidden states after each layer "
+    "(`--hidden-weight 1`).",
     "compress, gradual": "ties one group after another over the first half of the steps.",
     "compress, closed form": "starts the mixtures from a truncated singular value decomposition of "
     "all layers, weighted by activations.",
@@ -175,12 +177,9 @@ def _gate(teacher: str, rows: Sequence[Case]) -> str:
 
 def _rates(rows: Sequence[Case]) -> str:
     """Which methods had several learning rates to choose from."""
-    tried: dict[tuple[str, int, str], set[float]] = {}
-    for row in rows:
-        if "error" not in row and row["steps"]:
-            key = row["teacher"], row["sets"], row["method"]
-            tried.setdefault(key, set()).add(row["lr"])
-    tuned = [f"`{m}` ({t}, {sets} layers)" for (t, sets, m), lrs in tried.items() if len(lrs) > 1]
+    healed = [row for row in rows if "error" not in row and row["steps"]]
+    several = with_several_rates(healed, "teacher", "sets", "method")
+    tuned = [f"`{method}` ({teacher}, {sets} layers)" for teacher, sets, method in several]
     return (
         f"Several learning rates were tried for {', '.join(tuned) or 'no method'}; the best was "
         f"chosen on validation with the first seed. The others had one."

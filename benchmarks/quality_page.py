@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import mean_and_spread
+from common import mean_and_spread, with_several_rates
 from quality_opening import what_holds
 from quality_pictures import draw_against, draw_panels, draw_times, with_times
 from quality_rows import (
@@ -110,12 +110,8 @@ def _worth(setting: Setting, share: float) -> str:
 
 def _rates(rows: Sequence[Row]) -> str:
     """Which methods had several learning rates to choose from."""
-    tried: dict[tuple[str, str], set[float]] = {}
-    for row in rows:
-        tried.setdefault((row["setting"], row["method"]), set()).add(row["lr"])
-    tuned = sorted(
-        f"`{method}` ({setting})" for (setting, method), r in tried.items() if len(r) > 1
-    )
+    several = with_several_rates(rows, "setting", "method")
+    tuned = [f"`{method}` ({setting})" for setting, method in several]
     if not tuned:
         return "All methods of a setting were trained at one learning rate: none was tuned."
     return (
