@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -208,7 +209,8 @@ def _table(groups: Groups, untouched: Mapping[str, float]) -> str:
 
 def short_table(sections: Mapping[tuple[str, int], Groups]) -> str:
     """The README's: `compress`, the best rival that is healed alike, and the model from scratch."""
-    heads = ["model", "parameters", "training steps", "times the untouched perplexity"]
+    heads = ["untouched", "kept", "method", "parameters", "training steps"]
+    heads.append("times the untouched perplexity")
     lines = []
     for (teacher, sets), groups in sections.items():
         record = TEACHERS[teacher]
@@ -216,10 +218,11 @@ def short_table(sections: Mapping[tuple[str, int], Groups]) -> str:
             rows = groups[method]
             steps = rows[0]["steps"] + (record.steps if method == SCRATCH else 0)
             base = groups[OURS][0]["test_before"]
-            name = f"{method}, {sets} of {record.depth} layers"
             lines.append(
                 [
-                    f"**{name}**" if method == OURS else name,
+                    record.what,
+                    f"{sets} of {record.depth} layers",
+                    f"**{method}**" if method == OURS else method,
                     f"{rows[0]['parameters'] / 1e6:.2f} M",
                     f"{steps:,}",
                     f"{_mean(rows, 'test') / base:.3f}",
@@ -247,10 +250,13 @@ def _cells(method: str, rows: Sequence[Case], untouched: Mapping[str, float]) ->
 def draw(sections: Mapping[tuple[str, int], Groups]) -> Figure:
     """Bars of perplexity after healing, as ratios to the untouched model's, a panel a size."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.2), layout="constrained", facecolor="white")
-        panels = figure.subplots(1, len(sections), squeeze=False)[0]
+        lines = math.ceil(len(sections) / 2)
+        figure = Figure(figsize=(9.6, 4.2 * lines), layout="constrained", facecolor="white")
+        panels = figure.subplots(lines, 2, squeeze=False).ravel()
+        for axes in panels[len(sections) :]:
+            axes.set_visible(False)
         most = 1.0
-        for axes, ((teacher, sets), groups) in zip(panels, sections.items(), strict=True):
+        for axes, ((teacher, sets), groups) in zip(panels, sections.items(), strict=False):
             base = groups[OURS][0]["test_before"]
             values = [_mean(rows, "test") / base for rows in groups.values()]
             colours = [ACCENT if name.startswith(OURS) else CONVENTIONAL for name in groups]

@@ -16,7 +16,7 @@ from quality_rows import (
     step_seconds,
     steps_to,
 )
-from quality_settings import Setting, half_as_long
+from quality_settings import Setting, half_as_deep
 
 PARAMETERS = "trainable_parameters_mean"
 
@@ -35,7 +35,7 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
         else:
             setting, groups = settings[name]
             parts.append(_perplexity(name, setting, groups))
-            for ours in (f"mixture-{setting.sets[0]}", half_as_long(setting)):
+            for ours in (f"mixture-{setting.sets[0]}", half_as_deep(setting)):
                 parts.append(_time(name, ours, setting, groups))
     return "\n".join(f"- {part}" for part in parts if part)
 

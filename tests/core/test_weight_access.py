@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
 
 pytestmark = pytest.mark.numerics
@@ -308,6 +308,18 @@ def test_the_factor_follows_the_tying_and_the_power():
     layers.apply(Tying.independent(6))
     assert torch.equal(projection(x), plain.transformer.h[0].mlp.c_proj(x))
     assert len(projection._forward_hooks) == 1, "no more of them at every transition"
+
+
+@pytest.mark.parametrize("outputs", [["attn.c_proj", "mlp.c_proj"], ["attn", "mlp"]])
+def test_scaling_can_be_switched_off(outputs):
+    """Also where what is scaled is a module without parameters of its own."""
+    model = gpt2()
+    tie(model, "cycle", 2)
+    before = loss_of(model)
+    TiedLayers(model, residual_scaling=1.0, residual_outputs=outputs)
+    assert loss_of(model) != before
+    TiedLayers(model, residual_scaling=0.0)
+    assert loss_of(model) == before
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

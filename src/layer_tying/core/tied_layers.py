@@ -33,7 +33,7 @@ from layer_tying.core.weight_access import (
     refuse_sharded,
     scale_output,
     store,
-    tying_in_use,
+    tying_in_storage,
 )
 from layer_tying.errors import InputError, InvariantError
 
@@ -95,7 +95,7 @@ class TiedLayers:
             model, settings.layers, settings.untied, settings.by_kind
         )
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
-        self.tying = self._tying_in_storage()
+        self.tying = tying_in_storage(self.stack)
         self._residual_modules: list[list[nn.Module]] = []
         if settings.residual_scaling:
             self._residual_modules = residual_modules(self.stack, settings.residual_outputs)
@@ -104,6 +104,9 @@ class TiedLayers:
         self._remove_from_optimizers()
         self._add_to_optimizers()
         self.mixtures = self._mixtures() if settings.mixes else None
+        if not settings.residual_scaling:  # modules without parameters may be scaled from before
+            modules = chain.from_iterable(block.modules() for block in self.stack.blocks)
+            read_as_they_are(module for module in modules if not module._parameters)
         self._set_weight_access()
         remember_settings(model, settings)
 
@@ -145,7 +148,7 @@ class TiedLayers:
                 f"the tying {self.tying} cannot change: the layers mix the shared weights"
             )
         refuse_sharded(self.stack.model)
-        if self._tying_in_storage() != self.tying:
+        if tying_in_storage(self.stack) != self.tying:
             raise InputError(
                 "the layers' weights were exchanged by something else since they were last tied: "
                 "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
@@ -163,7 +166,7 @@ class TiedLayers:
                     for layer in tying.groups[owner]:
                         self._point(layer, copies)
         finally:  # where memory has run out, layers stay tied that were to be independent
-            self.tying = self._tying_in_storage()
+            self.tying = tying_in_storage(self.stack)
             self._add_to_optimizers()
             self._set_weight_access()
 
@@ -203,7 +206,7 @@ class TiedLayers:
             InvariantError: if storage is not what the tying says, or an optimizer has lost a
                 parameter, or holds one twice, or one that no layer uses, or its state.
         """
-        stored = self._tying_in_storage()
+        stored = tying_in_storage(self.stack)
         if stored != self.tying:
             raise InvariantError(f"the tying is {self.tying}, but the layers share as {stored}")
         owned = self._owned()
@@ -220,25 +223,6 @@ class TiedLayers:
         for state in self._states:
             for layer in layers:
                 state.drop(self.parameters(layer).values())
-
-    def _tying_in_storage(self) -> Tying:
-        """The tying that the parameters' identities show.
-
-        Raises:
-            InputError: if layers share some of their parameters and not all.
-        """
-        tying = tying_in_use(self.stack)
-        seen: dict[int, int] = {}
-        for layer in tying.independent_layers:
-            for identity in {id(p) for p in self.parameters(layer).values()}:
-                if identity in seen:
-                    one, other = self.stack.names[seen[identity]], self.stack.names[layer]
-                    raise InputError(
-                        f"{one} and {other} share some of their parameters but not all: "
-                        f"tie or untie them whole, or name what is shared in untied=..."
-                    )
-                seen[identity] = layer
-        return tying
 
     def _point(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, slot in self.stack.slots[layer].items():

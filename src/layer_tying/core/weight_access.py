@@ -136,6 +136,26 @@ def tying_in_use(stack: LayerStack) -> Tying:
     )
 
 
+def tying_in_storage(stack: LayerStack) -> Tying:
+    """Likewise, of layers that share all of their parameters or none.
+
+    Raises:
+        InputError: if layers share some of their parameters and not all.
+    """
+    tying = tying_in_use(stack)
+    seen: dict[int, int] = {}
+    for layer in tying.independent_layers:
+        for identity in {id(stored(slot)) for slot in stack.slots[layer].values()}:
+            if identity in seen:
+                one, other = stack.names[seen[identity]], stack.names[layer]
+                raise InputError(
+                    f"{one} and {other} share some of their parameters but not all: "
+                    f"tie or untie them whole, or name what is shared in untied=..."
+                )
+            seen[identity] = layer
+    return tying
+
+
 def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:
     """What each layer computes with, by names in the model: mixed, and multiplied by the factor.
 
