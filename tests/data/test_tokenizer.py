@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +100,20 @@ def test_a_long_text_is_encoded_as_if_in_one_go(bpe):
     assert len(list(pieces(text))) > 5
     whole = bpe.backend.encode(text, add_special_tokens=False).ids
     assert np.array_equal(bpe.encode(text), whole)
+
+
+def test_a_space_that_is_put_before_a_text_is_not_put_before_its_pieces(tmp_path):
+    """The tokenizers of Llama 2 do that."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    both = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = tokenizers.normalizers.Sequence(both)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, initial_alphabet=["\n"])
+    backend.train_from_iterator(TEXT.split(), trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = (TEXT + " ") * 120
+    assert len(list(pieces(text))) > 5
+    whole = backend.encode(text, add_special_tokens=False).ids
+    assert np.array_equal(load_tokenizer(str(tmp_path), "").encode(text), whole)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe:300", "wordpiece"])

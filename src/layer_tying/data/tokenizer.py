@@ -78,8 +78,9 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         parts = [np.zeros(0, np.int32)]
         batch: list[str] = []
-        for piece in pieces(text):
-            batch.append(piece)
+        given = 1 if self._begins_texts_with_a_space() else 0  # that space is not given twice
+        for number, piece in enumerate(pieces(text)):
+            batch.append(piece[given:] if number else piece)
             if len(batch) == 64:  # enough to keep every core busy, little enough to hold
                 parts.append(self._encode_batch(batch))
                 batch = []
@@ -89,6 +90,14 @@ class Tokenizer:
     def _encode_batch(self, batch: list[str]) -> np.ndarray:
         encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
         return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
+
+    def _begins_texts_with_a_space(self) -> bool:
+        """Whether a space is put before what is encoded, as by the tokenizers of Llama 2."""
+        both, one, other = self._encode_batch(["a b"]), ["a"], ["b"]
+        return bool(
+            np.array_equal(both, self._encode_batch(one + other))
+            and not np.array_equal(both, self._encode_batch([*one, " b"]))
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`: no special tokens, and U+FFFD for bytes that are not UTF-8."""
