@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from quality_rows import (
     GATE,
@@ -38,6 +39,30 @@ def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
             for ours in (f"mixture-{setting.sets[0]}", half_as_deep(setting)):
                 parts.append(_time(name, ours, setting, groups))
     return "\n".join(f"- {part}" for part in parts if part)
+
+
+def in_the_papers_model(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The same comparison in the paper's GPT-2, from the rows of the page of results."""
+    figures: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        figures.setdefault(row["row"].removeprefix("gpt2-wiki2-"), {})[row["seed"]] = row["summary"]
+    ours, deep = figures["mixture"], figures["conventional"]
+    seeds = sorted(ours.keys() & deep.keys())
+
+    def of(rival: str, name: str) -> float:
+        theirs = figures[rival]
+        return statistics.fmean(ours[s][name] for s in seeds) / statistics.fmean(
+            theirs[s][name] for s in seeds
+        )
+
+    return (
+        f"The paper's GPT-2 (12 layers x 64, the bytes of WikiText-2; [results](results.md)): "
+        f"mixtures of three sets have {of('conventional', 'test_perplexity'):.3f} times the "
+        f"perplexity of twelve layers with {of('conventional', PARAMETERS):.0%} of the parameters, "
+        f"{of('shallow', 'test_perplexity'):.3f} times that of three layers and "
+        f"{of('cycle', 'test_perplexity'):.3f} times that of `cycle` with such scaling (seeds: "
+        f"{len(seeds)}). The learning rate is the best of three for the twelve layers."
+    )
 
 
 def _gate(open_: list[tuple[str, float]], closed: list[tuple[str, float]]) -> str:

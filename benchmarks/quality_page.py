@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import mean_and_spread, with_several_rates
-from quality_opening import what_holds
+from common import RESULTS, mean_and_spread, with_several_rates
+from quality_opening import in_the_papers_model, what_holds
 from quality_pictures import draw_against, draw_panels, draw_times, with_times
 from quality_rows import (
     GATE,
@@ -25,6 +26,7 @@ from quality_settings import Setting
 from layer_tying.files import write_text_whole
 from layer_tying.report.markdown import markdown_table
 
+PAPER = RESULTS / "paper-small.json"
 PICTURES = {
     "parameters": draw_against("trainable_parameters_mean", "parameters that train, millions"),
     "memory": draw_against(
@@ -52,7 +54,7 @@ WHAT = {  # by the prefix of a method's name
     "of k groups; with `1/n`, what a use adds to the residual stream is divided by the number of "
     "uses.",
     "mixture": "`mixture-k` is the learned mixture of k shared sets, with such scaling unless it "
-    "is called unscaled.",
+    "is called unscaled; with half the layers there are L/2 of them.",
     "random": "`random` changes the tying at random for the first half of the steps.",
     "dqn": "`dqn` is the paper's agent.",
     "bandit": "`bandit-k` moves the borders between k groups.",
@@ -68,7 +70,9 @@ def write_page(rows: Sequence[Row], folder: Path) -> None:
     shown = {
         name: pair for name, pair in settings.items() if (gate(pair[1], pair[0]) or 1.0) <= GATE
     }
-    parts = ["# Quality", f"{what_holds(settings)}\n- {_rates(rows)}"]
+    paper = json.loads(PAPER.read_text(encoding="utf-8"))["rows"]
+    found = [what_holds(settings), f"- {in_the_papers_model(paper)}", f"- {_rates(rows)}"]
+    parts = ["# Quality", "\n".join(found)]
     for name, draw in PICTURES.items() if shown else ():
         draw_panels(shown, draw).savefig(folder / "images" / f"quality-{name}.png", dpi=150)
         parts.append(f"![Quality against {name}](images/quality-{name}.png)")
