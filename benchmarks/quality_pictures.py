@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 from quality_rows import Groups, front_of, mean, mean_figure, step_seconds
-from quality_settings import Setting
+from quality_settings import Setting, half_as_deep
 
 from layer_tying.report.style import STYLE
 
@@ -119,14 +119,17 @@ def draw_times(settings: Settings) -> Figure:
 
 
 def _draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
-    for name in _timed(setting):
+    lines = {setting.rival: ":", half_as_deep(setting): "--"}
+    half = [half_as_deep(setting)] if step_seconds(groups.get(half_as_deep(setting), [])) else []
+    for name in (*_timed(setting), *half):
         _, colour, _ = _style(name)
         steps, _, perplexities = zip(*groups[name][0]["curve"], strict=True)
         seconds = step_seconds(groups[name])
         assert seconds is not None
         minutes = [step * seconds / 60 for step in steps]
-        line = ":" if name == setting.rival else "-"
-        axes.plot(minutes, perplexities, line, color=colour, linewidth=1, label=name)
+        axes.plot(
+            minutes, perplexities, lines.get(name, "-"), color=colour, linewidth=1, label=name
+        )
     axes.set_yscale("log")
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter(ScalarFormatter())

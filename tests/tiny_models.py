@@ -52,13 +52,12 @@ def gpt2(num_layers: int = 6, **options) -> transformers.GPT2LMHeadModel:
         n_head=2,
         n_embd=16,
         n_positions=32,
-        vocab_size=40,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
-        **options,
+        **{"vocab_size": 40} | options,
     )
     return transformers.GPT2LMHeadModel(config)
 

@@ -35,6 +35,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def set_usual_mode(path: Path) -> None:
+    """Make a file readable for whom the umask allows; safetensors writes for its owner only."""
+    sample = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sample.touch()
+    path.chmod(sample.stat().st_mode)
+    sample.unlink()
+
+
 def write_text_whole(path: Path, text: str) -> None:
     """Write a text as UTF-8, as ``write_whole`` does; line ends stay as they are."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))

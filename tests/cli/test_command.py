@@ -1,5 +1,6 @@
 """The command, in real processes: the published flags, and one clear line for whatever is wrong."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from small_runs import Command, run_command, traces_of, write_text
 from tolerance import close_to
 
 from layer_tying import report
-from layer_tying.cli import experiments, main
+from layer_tying.cli import command, experiments, main
 from layer_tying.runs.config import DEFAULTS, SETTINGS, TrainConfig, read_config
 from layer_tying.runs.processes import Ended
 
@@ -253,11 +254,12 @@ def test_what_is_compared_without_a_choice(compared):
 
 def test_a_comparison_hands_the_number_of_groups_to_those_that_take_one(compared):
     policies = "none,all,dqn,bandit,cycle,mixture,sandwich-4"
-    flags = ["--groups", "3", "--gradient", "owner"]
+    flags = ["--groups", "3", "--gradient", "owner", "--settle", "0.3", "--reward", "perplexity"]
     assert main(["compare", "--policies", policies, *flags]) == 3
     found = {name: config.tying.groups for name, config in compared.items()}
     taken = {"bandit": 3, "cycle": 3, "mixture": 3, "sandwich-4": 4}
     assert found == {"none": None, "all": None, "dqn": None, **taken}
+    assert {name for name, config in compared.items() if config.tying.settle} == {"dqn", "bandit"}
     sums = [name for name, config in compared.items() if config.tying.gradient == "sum"]
     assert sums == ["mixture"]
 
@@ -323,6 +325,30 @@ def test_a_full_disk_while_saving(here, left_alone):
     assert traces_of(here / "runs/run") == left_alone("train", *FEW_STEPS)
 
 
+def runs_instead(monkeypatch, run: Callable[..., int]) -> None:
+    monkeypatch.setitem(command.COMMANDS, "train", command.Command("", run))
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+    """A pipe or a locale that is not UTF-8."""
+    runs_instead(monkeypatch, lambda *_: print("4.2 \u00b1 0.1") or 0)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["train"]) == 0
+    sys.stdout.flush()
+    assert shown.getvalue().split() == [b"4.2", b"?", b"0.1"]
+
+
+@pytest.mark.parametrize("says", ["", "Unable to allocate 946. GiB for an array"])
+def test_too_little_memory_is_one_line(monkeypatch, capsys, says):
+    def run(*_):
+        raise MemoryError(says)
+
+    runs_instead(monkeypatch, run)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("layer-tying: out of memory")
+
+
 # What it refuses
 
 WRONG = {
@@ -336,6 +362,14 @@ WRONG = {
     "unknown-data": (("train", "--dataset", "wiki3"), "pydocs, shake, ptb, wiki2"),
     "unknown-images": (("train", "--family", "vit", "--dataset", "cats"), "digits, cifar10"),
     "missing-file": (("train", "--dataset", "no/such.txt"), "no/such.txt"),
+    "settle-mixture": (
+        ("train", "--policy", "mixture", "--settle", "0.5"),
+        "settle: --settle goes with dqn, bandit, random, not with policy mixture",
+    ),
+    "reward-random": (
+        ("train", "--policy", "random", "--reward", "perplexity"),
+        "reward: --reward goes with dqn, bandit, not with policy random",
+    ),
     "empty-file": (("train", "--dataset", "empty.txt"), "empty.txt: the file is empty"),
     "binary-file": (("train", "--dataset", "binary.txt"), "binary.txt: binary file"),
     "empty-folder": (("train", "--dataset", "empty"), "empty: the folder holds no text"),

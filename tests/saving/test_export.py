@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -340,6 +341,23 @@ def test_settings_make_a_round_trip_through_json():
             TyingSettings.from_json(text)
 
 
+def test_a_folder_holds_one_model(tmp_path):
+    """Of two formats one reader would take the one, and another the other."""
+    for first, then in ((export_compact, export_expanded), (export_expanded, export_compact)):
+        folder = tmp_path / first.__name__
+        first(gpt2(), folder)
+        first(gpt2(), folder)  # of the same format it is replaced
+        with pytest.raises(InputError, match="the weights of a model in another format"):
+            then(gpt2(), folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("export", [export_compact, export_expanded])
+def test_weights_are_readable_for_whom_other_files_are(export, tmp_path):
+    export(gpt2(), tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
 # What is broken or foreign
 
 
@@ -389,6 +407,8 @@ def changed_config(**changes):
         (config_is("{}"), "config.json cannot be used"),
         (changed_config(architectures=["NoSuchModel"]), "name NoSuchModel, which transformers"),
         (changed_config(architectures=None), "name no class"),
+        (changed_config(n_layer="x"), "config.json cannot be used"),
+        (changed_config(n_head=7), "config.json cannot be used"),
         (changed_config(n_layer=2), "is of another model: this one has no transformer.h.3"),
         (changed_config(n_embd=64), "has shape"),
     ],
@@ -410,6 +430,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         with pytest.raises(InputError, match="cannot write the export") as caught:
             export(gpt2(), tmp_path / "file" / "below")
         assert "\n" not in str(caught.value)
+        with pytest.raises(InputError, match="cannot write the export"):
+            export(gpt2(), tmp_path / "file")
 
 
 # From a run, by the command

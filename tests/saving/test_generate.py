@@ -3,9 +3,10 @@
 import pytest
 import torch
 from built_models import config_of, trained
-from tiny_models import llama
+from tiny_models import gpt2, llama
+from transformers import BloomConfig, BloomForCausalLM
 
-from layer_tying import InputError, TiedLayers, Tying, load
+from layer_tying import InputError, TiedLayers, Tying, export_compact, load
 from layer_tying.cli import main
 from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
 from layer_tying.models.build import build_model
@@ -131,6 +132,49 @@ def test_the_command_prints_the_prompt_and_what_follows(runs, capsys):
     assert main(["generate", str(runs["gpt2"]), "--prompt", "the cat", *flags]) == 0
     said = generate(runs["gpt2"], "the cat", max_new_tokens=5, temperature=0)
     assert capsys.readouterr().out == f"the cat{said}\n"
+
+
+def test_it_samples_from_the_models_own_distribution(tmp_path):
+    """Whatever the checkpoint's generation_config says: here, to keep one token only."""
+    torch.manual_seed(0)
+    model = gpt2(vocab_size=260)
+    model.generation_config.top_p = 1e-4
+    model.generation_config.do_sample = True
+    export_compact(model, tmp_path)
+    load_tokenizer("bytes", "").save(tmp_path)
+    said = {generate(tmp_path, "the", max_new_tokens=6, seed=seed) for seed in range(4)}
+    assert len(said) == 4
+
+
+def test_the_space_before_the_first_new_word_is_kept(tmp_path):
+    """The decoders of words leave it out before the first word that they are given."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = load_tokenizer(str(tmp_path / "vocab.txt"), "")
+    model = gpt2(vocab_size=len(words))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0)
+        model.lm_head.weight[6].fill_(1)  # "cat", where the sum of the last state is positive
+        model.transformer.ln_f.weight.fill_(0)
+        model.transformer.ln_f.bias.fill_(1)
+    export_compact(model, tmp_path / "export")
+    tokenizer.save(tmp_path / "export")
+    said = generate(tmp_path / "export", "the", max_new_tokens=2, temperature=0)
+    assert said == " cat cat"
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    export_compact(gpt2(vocab_size=100), tmp_path)
+    load_tokenizer("bytes", "").save(tmp_path)
+    with pytest.raises(InputError, match="has 260 ids, and the model has 100"):
+        generate(tmp_path, "the")
+
+
+def test_a_model_without_an_end_of_its_context_generates(tmp_path):
+    config = BloomConfig(vocab_size=260, hidden_size=16, n_layer=2, n_head=2)
+    export_compact(BloomForCausalLM(config), tmp_path)
+    load_tokenizer("bytes", "").save(tmp_path)
+    assert generate(tmp_path, "the", max_new_tokens=3, temperature=0) is not None
 
 
 def test_a_folder_that_is_neither_is_one_line(tmp_path):

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import gpt2, loss_of
 
-from layer_tying import DynamicTying, InputError, TiedLayers, export_compact, export_expanded, load
+from layer_tying import (
+    DynamicTying,
+    InputError,
+    TiedLayers,
+    export_compact,
+    export_expanded,
+    load,
+    tie,
+)
 from layer_tying.saving.export import COMPACT
 from layer_tying.saving.int8 import with_scales, without_scales
 
@@ -47,6 +55,16 @@ def test_a_loaded_model_is_shared_and_near_and_a_quarter_of_the_size(kind, tmp_p
     scales = sum(4 * len(p) for p in model.parameters() if p.numel() > len(p))
     vectors = sum(p.nbytes for p in model.parameters() if p.numel() == len(p))
     assert data["int8"] == (data["whole"] - vectors) // 4 + vectors + scales
+
+
+def test_a_model_in_half_precision_is_loaded_in_float32(tmp_path):
+    """The scales are, and a layer whose vectors had another type would not compute."""
+    model = gpt2()
+    tie(model, "cycle", 2)
+    export_compact(model.bfloat16(), tmp_path, torch.int8)
+    loaded = load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert loss_of(loaded).isfinite()
 
 
 def test_mixtures_are_loaded_near_and_train_on(tmp_path):

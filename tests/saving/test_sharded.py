@@ -86,6 +86,12 @@ def test_what_is_torn_or_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"embed.weight has shape \(8, 8\)"):
         load_sharded(tmp_path / "saved", other)
     assert other.tying.num_independent == 6
+    larger = Plain()
+    larger.extra = nn.Linear(8, 2)
+    more = TiedLayers(larger)
+    with pytest.raises(InputError, match=r"is of another model: it has no extra\.bias"):
+        load_sharded(tmp_path / "saved", more)
+    assert more.tying.num_independent == 6
     with pytest.raises(InputError, match="not a whole checkpoint"):
         load_sharded(tmp_path / "absent", layers)
     shutil.copytree(tmp_path / "saved", tmp_path / "torn")

@@ -1,6 +1,7 @@
 """Scores against numbers worked out by hand, in numpy, and by scikit-learn."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_last_word_accuracy_asks_for_every_letter_of_the_last_word():
         ([right, last_letter_wrong, nothing_known, right], 0.5),
     ]:
         assert accuracy_of_last_words(passages, model, 100) == expected
+
+
+def test_the_last_word_begins_with_the_token_that_it_has_in_the_text():
+    """Not with a space of its own, where the tokenizer puts one before every text."""
+    vocabulary = {"_a": 0, "_b": 1, "_": 2}
+
+    def encode_with_a_space(text: str) -> np.ndarray:
+        tokens = re.findall("_[ab]|_", "_" + text.replace(" ", "_"))
+        return np.array([vocabulary[token] for token in tokens], np.int32)
+
+    def says_b(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.ones_like(inputs), 3).float()
+
+    outcome = last_word_outcome([("a a", "b")], encode_with_a_space, says_b, 100)
+    assert outcome.predicted.tolist() == [1]
 
 
 def test_last_word_accuracy_cuts_long_contexts_from_the_left():

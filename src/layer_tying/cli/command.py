@@ -6,6 +6,7 @@ exit code 130.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -57,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = f"unknown command {name!r}" if name else "a command is required"
         refuse(PROGRAM, problem)
     _quiet_the_noisy()
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # of a terminal or pipe that cannot show every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     command = COMMANDS[name]
     try:
         return command.run(rest, f"{PROGRAM} {name}", command.help)
@@ -90,7 +97,8 @@ def _quiet_the_noisy() -> None:
 
 def _advice(error: Exception) -> str | None:
     """What to do about those errors of torch that the machine is the reason of."""
-    if re.search("allocate memory|out of memory", repr(error), re.IGNORECASE):
+    is_refused = re.search("allocate memory|out of memory", repr(error), re.IGNORECASE)
+    if is_refused or isinstance(error, MemoryError):
         return "out of memory: take a smaller model or a smaller batch"
     if "No working C++ compiler" in str(error):
         return "--compile needs a C++ compiler, such as g++, and found none"

@@ -20,7 +20,7 @@ from layer_tying.policies import POLICIES as RECORDS
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.processes import Job, train_all
-from layer_tying.runs.tying_config import DECIDING, POLICIES, takes_groups
+from layer_tying.runs.tying_config import DECIDING, LEARNING, POLICIES, SETTLING, takes_groups
 from layer_tying.tasks.metrics import METRICS
 
 INTERRUPTED = 130
@@ -185,7 +185,7 @@ def _left_out(policy: str, initial: str) -> dict[str, Any]:
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
         **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
         "groups": {name for name in POLICIES if takes_groups(name, initial)},
-        "initial": DECIDING,
+        **{"initial": DECIDING, "settle": SETTLING, "reward": LEARNING},
         "gradient": {*POLICIES} - {"mixture"},
         "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others bring their own
         **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),

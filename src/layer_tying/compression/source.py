@@ -25,6 +25,7 @@ from layer_tying.errors import InputError
 from layer_tying.models.build import model_class
 from layer_tying.saving.checkpoint import unique_tensors
 from layer_tying.saving.export import COMPACT, one_line
+from layer_tying.saving.export_run import check_tokenizer
 from layer_tying.saving.load import load
 from layer_tying.tasks.base import Task
 from layer_tying.tasks.evaluation import cross_entropy
@@ -102,11 +103,7 @@ def _text(
     config: CompressConfig, model: PreTrainedModel, tokenizer: Tokenizer | None, masked: bool
 ) -> Task:
     assert tokenizer is not None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer in {config.source} has {tokenizer.vocab_size} ids, and the model has "
-            f"{model.config.vocab_size}: they are not of one model"
-        )
+    check_tokenizer(tokenizer, model, config.source)
     context = getattr(model.config, "max_position_embeddings", USUAL_LENGTH)
     length = config.bptt or min(context, USUAL_LENGTH)
     if length > context:

@@ -5,6 +5,7 @@ Local files come first, the hub second. Any failure is one `InputError` of one l
 
 import os
 import socket
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -117,7 +118,12 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
 
 def cache_folder() -> Path:
     """Where derived data are kept: $XDG_CACHE_HOME/layer-tying, usually ~/.cache/layer-tying."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layer-tying"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "layer-tying"
+    try:
+        return Path.home() / ".cache" / "layer-tying"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "layer-tying"
 
 
 def from_hub(what: str, instead: str, fetch: Callable[[], T]) -> T:

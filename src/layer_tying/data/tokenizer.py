@@ -51,8 +51,10 @@ SPECIAL = {  # the names under which published vocabularies hold their special t
 }
 CONFIG = "tokenizer_config.json"
 PIECE = 1 << 16
-# A cut here changes no token: every pre-tokenizer starts a new word at a lone space.
-CUT = re.compile(r"(?<=\S) (?=\S)")
+# A cut here changes no token: every pre-tokenizer starts a new word at a lone space, and, unless a
+# space is put before what is encoded, after a lone line end.
+AT_SPACE = re.compile(r"(?<=\S) (?=\S)")
+AT_SPACE_OR_LINE_END = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         parts = [np.zeros(0, np.int32)]
         batch: list[str] = []
-        given = 1 if self._begins_texts_with_a_space() else 0  # that space is not given twice
-        for number, piece in enumerate(pieces(text)):
-            batch.append(piece[given:] if number else piece)
+        gives_space = self.begins_texts_with_a_space()
+        cut = AT_SPACE if gives_space else AT_SPACE_OR_LINE_END
+        for number, piece in enumerate(pieces(text, cut=cut)):
+            batch.append(piece[1:] if gives_space and number else piece)
             if len(batch) == 64:  # enough to keep every core busy, little enough to hold
                 parts.append(self._encode_batch(batch))
                 batch = []
@@ -91,7 +94,7 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
         return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
 
-    def _begins_texts_with_a_space(self) -> bool:
+    def begins_texts_with_a_space(self) -> bool:
         """Whether a space is put before what is encoded, as by the tokenizers of Llama 2."""
         both, one, other = self._encode_batch(["a b"]), ["a"], ["b"]
         return bool(
@@ -168,12 +171,14 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     return _from_path(path, str(name))
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cut a long text into pieces of about `size` characters, between two words."""
+def pieces(
+    text: str, size: int = PIECE, cut: re.Pattern[str] = AT_SPACE_OR_LINE_END
+) -> Iterator[str]:
+    """Cut a long text into pieces of about `size` characters, between two words or lines."""
     start = 0
-    while len(text) - start > size and (cut := CUT.search(text, start + size)):
-        yield text[start : cut.start()]
-        start = cut.start()
+    while len(text) - start > size and (found := cut.search(text, start + size)):
+        yield text[start : found.start()]
+        start = found.start()
     yield text[start:]
 
 

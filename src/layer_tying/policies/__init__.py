@@ -22,12 +22,14 @@ class PolicyRecord:
         help: one line on what it does.
         start: the pattern that it starts from, for those who choose its number of groups.
         decides: whether it changes the tying while a model trains.
+        learns: whether it learns from rewards.
     """
 
     place: str
     help: str
     start: str = "all"
     decides: bool = True
+    learns: bool = True
 
 
 POLICIES = {
@@ -36,9 +38,15 @@ POLICIES = {
         "bandit:Bandit", "moves the borders of groups of neighbouring layers", "sandwich"
     ),
     "mixture": PolicyRecord(
-        "mixture:Mixture", "learns mixtures of shared weights by gradient", "cycle", decides=False
+        "mixture:Mixture",
+        "learns mixtures of shared weights by gradient",
+        "cycle",
+        decides=False,
+        learns=False,
     ),
-    "random": PolicyRecord("simple:RandomPolicy", "draws every layer's owner uniformly"),
+    "random": PolicyRecord(
+        "simple:RandomPolicy", "draws every layer's owner uniformly", learns=False
+    ),
 }
 
 

@@ -33,8 +33,10 @@ def resolve(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Tas
         device: that it will be trained on.
 
     Raises:
-        InputError: if the data, or the run that ``--from`` names, cannot be used.
+        InputError: if the data, or the run that ``--from`` names, cannot be used, or something was
+            asked for that the policy takes no note of.
     """
+    config.tying.check_asked(config.settled)
     config = settle(config, **settings_from(config))
     config = settle(config, **usual_settings(config), precision=usual_precision(device))
     task = task_of(config)

@@ -17,7 +17,7 @@ from layer_tying.policies import make_policy
 from layer_tying.policies.base import Policy
 from layer_tying.policies.simple import Schedule
 from layer_tying.runs.from_run import tyings_of
-from layer_tying.runs.tying_config import DECIDING, TyingConfig
+from layer_tying.runs.tying_config import DECIDING, SETTLING, TyingConfig
 from layer_tying.saving.export import DTYPES
 
 
@@ -65,7 +65,7 @@ def policy_of(config: TyingConfig, seed: int) -> Policy:
     if config.layer_price is not None:
         options["price"] = config.layer_price
     policy = make_policy(config.policy, **options)
-    if config.settle is not None:
+    if config.settle is not None and config.policy in SETTLING:
         policy.settles = config.settle
     if config.reward and policy.reward:
         is_late = config.reward == "training-loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,8 @@ from layer_tying.policies import POLICIES as DECIDING_RECORDS
 from layer_tying.settings import check_at_least, check_finite, check_shares, check_types, hidden
 
 DECIDING = tuple(DECIDING_RECORDS)  # the policies that change the tying while a model trains
+SETTLING = tuple(name for name, record in DECIDING_RECORDS.items() if record.decides)
+LEARNING = tuple(name for name, record in DECIDING_RECORDS.items() if record.learns)
 POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
 EXPORT_DTYPES = ("fp32", "bf16", "fp16", "int8")
 
@@ -156,6 +159,20 @@ class TyingConfig:
             raise InputError("policy recorded needs --from RUN, the run to replay")
         if self.source and self.policy not in ("recorded", "fixed"):
             raise InputError(f"source: --from does not go with policy {self.policy}")
+
+    def check_asked(self, settled: Collection[str]) -> None:
+        """Raise an InputError if something was asked for that the policy takes no note of.
+
+        Args:
+            settled: names of the settings that nobody asked for.
+        """
+        for name, policies in (("settle", SETTLING), ("reward", LEARNING)):
+            is_asked = name not in settled and getattr(self, name) not in (None, "")
+            if is_asked and self.policy not in policies:
+                raise InputError(
+                    f"{name}: --{name} goes with {', '.join(policies)}, not with policy "
+                    f"{self.policy}"
+                )
 
     def check_every(self, num_steps: int) -> None:
         """Raise an InputError if a policy would decide once only in a run of so many steps."""

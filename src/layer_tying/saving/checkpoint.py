@@ -30,6 +30,7 @@ from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
 from layer_tying.events import at
+from layer_tying.files import set_usual_mode
 
 FORMAT = "layer-tying checkpoint 2"
 STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
@@ -109,8 +110,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         stored = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-        save_file(stored, temporary / MODEL)
-        save_file(tensors, temporary / TRAINING)
+        for name, each in ((MODEL, stored), (TRAINING, tensors)):
+            save_file(each, temporary / name)
+            set_usual_mode(temporary / name)
         state = {
             "format": FORMAT,
             "step": step,

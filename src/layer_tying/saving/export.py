@@ -35,9 +35,11 @@ from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.weight_access import mixed_or_scaled, tying_in_use, weights_as_read
 from layer_tying.errors import InputError
+from layer_tying.files import set_usual_mode
 from layer_tying.saving.int8 import with_scales
 
 COMPACT = "compact.safetensors"
+PLAIN = ("model.safetensors", "model.safetensors.index.json")  # those of transformers
 METADATA, SETTINGS = "layer_tying", "layer_tying_settings"
 DTYPES = {  # by the names that a config has for them
     "fp32": torch.float32,
@@ -53,11 +55,12 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
     Args:
         model: a model of transformers, its layers tied or not; where it is sharded, every process
             calls this.
-        folder: where to write; files of the same names are replaced.
+        folder: where to write; an export of the same format there is replaced.
         dtype: of the stored weights; the model's own by default.
 
     Raises:
-        InputError: if it is another model, or the folder cannot be written.
+        InputError: if it is another model, or the folder cannot be written or holds an export of
+            the other format.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
@@ -66,6 +69,7 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
         )
     if dtype == torch.int8:
         raise InputError("int8 is a type of compact exports only: from_pretrained knows no scales")
+    _refuse_the_other_format(Path(folder), COMPACT)
     declared = model.all_tied_weights_keys  # embeddings and head: transformers stores them once
     stored, aliases = _stored_and_aliases(model, dtype)
     as_read = _as_read(model, dtype)
@@ -77,7 +81,9 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
         plain = {n: tensor for n, tensor in stored.items() if not n.endswith(MIXTURE)} | as_read
         was = model.config.dtype
         try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             model.save_pretrained(folder, state_dict=plain, max_shard_size="1000GB")
+            set_usual_mode(Path(folder) / PLAIN[0])
             _saved_config(model, dtype).save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise _unwritable(folder, error) from None
@@ -95,16 +101,17 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
     Args:
         model: any module; of a model of transformers the configuration is written as well. Where
             it is sharded, every process calls this.
-        folder: where to write; files of the same names are replaced.
+        folder: where to write; an export of the same format there is replaced.
         dtype: of the stored weights; the model's own by default. With ``torch.int8``, matrices are
             stored as 8-bit integers and scales (see ``int8.py``), and loaded in float32.
 
     Raises:
-        InputError: if the folder cannot be written, tensors share memory in another way than by
-            being the same parameter, or parts of the layers are tied each in its own way and those
-            tied first are mixed or scaled.
+        InputError: if the folder cannot be written or holds the weights of a model in another
+            format, tensors share memory in another way than by being the same parameter, or parts
+            of the layers are tied each in its own way and those tied first are mixed or scaled.
     """
     _check_recorded(model)
+    _refuse_the_other_format(Path(folder), *PLAIN)
     stored, aliases = _stored_and_aliases(model, dtype)
     metadata = {METADATA: json.dumps(aliases), SETTINGS: _settings_now(model).to_json()}
 
@@ -112,6 +119,7 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(stored, Path(folder) / COMPACT, metadata)
+            set_usual_mode(Path(folder) / COMPACT)
             if isinstance(model, PreTrainedModel):
                 _saved_config(model, dtype).save_pretrained(folder)
                 if model.can_generate() and model.generation_config is not None:
@@ -122,6 +130,15 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
             raise _unwritable(folder, error) from None
 
     _once(model, write)
+
+
+def _refuse_the_other_format(folder: Path, *files: str) -> None:
+    """A folder holds one model: which of two a reader takes depends on the reader."""
+    if found := [name for name in files if (folder / name).exists()]:
+        raise InputError(
+            f"{folder} holds {found[0]}, the weights of a model in another format: name another "
+            f"folder, or remove that file"
+        )
 
 
 def _once(model: nn.Module, write: Callable[[], None]) -> None:

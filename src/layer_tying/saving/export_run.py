@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.tokenizer import FOLDER, Tokenizer, read_tokenizer
@@ -69,6 +71,15 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
     )
     file = folder / name
     return Export(file, file.stat().st_size, num_unique, num_unique + again, layers.tying)
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel, folder: str | Path) -> None:
+    """Raise an InputError if a folder's tokenizer has ids that its model has not."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model has "
+            f"{model.config.vocab_size}: they are not of one model"
+        )
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer:

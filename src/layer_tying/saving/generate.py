@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.data.sources import is_encodable
 from layer_tying.errors import InputError
-from layer_tying.saving.export_run import tokenizer_of
+from layer_tying.saving.export_run import check_tokenizer, tokenizer_of
 from layer_tying.saving.load import load
 
 COLDEST = 1e-6  # a temperature, below which logits overflow
@@ -62,7 +62,15 @@ def generate(
     ids = tokenizer.encode(prompt).tolist()
     if not ids and tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]  # what stands between two documents
-    length = _new_tokens(len(ids), max_new_tokens, model.config.max_position_embeddings)
+    check_tokenizer(tokenizer, model, folder)
+    context = getattr(model.config, "max_position_embeddings", math.inf)  # Bloom's has no end
+    length = _new_tokens(len(ids), max_new_tokens, context)
+    ends = {
+        name: getattr(model.generation_config, name) for name in ("eos_token_id", "bos_token_id")
+    }
+    model.generation_config = GenerationConfig(
+        **ends
+    )  # else the checkpoint's top_p and the like hold
     model = model.to(Accelerator().device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
@@ -75,7 +83,8 @@ def generate(
         **sampling,
     )
     TiedLayers(model).verify()
-    return tokenizer.decode(output[0, len(ids) :].tolist())
+    text = tokenizer.decode(output[0].tolist())
+    return text[len(tokenizer.decode(ids)) :]  # the new tokens alone may lose a space before them
 
 
 def _sampling(temperature: float, top_k: int | None) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def _sampling(temperature: float, top_k: int | None) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
 
 
-def _new_tokens(num_prompt: int, asked: int | None, context: int) -> int:
+def _new_tokens(num_prompt: int, asked: int | None, context: float) -> int:
     """How many tokens to add, within the context."""
     if num_prompt < 1:
         raise InputError("the prompt is empty, and the tokenizer has no end-of-text to start from")
@@ -100,7 +109,7 @@ def _new_tokens(num_prompt: int, asked: int | None, context: int) -> int:
             f"{1 - room}, so that there is room for a new one"
         )
     if asked is None:
-        return min(USUAL_LENGTH, room)
+        return int(min(USUAL_LENGTH, room))
     if asked < 1:
         raise InputError(f"max-new-tokens is at least 1, got {asked}")
     if asked > room:

@@ -28,9 +28,12 @@ def with_scales(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def without_scales(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that a model takes, matrices in float32."""
+    """The tensors that a model takes: as they are, or in float32 if any of them has scales."""
     restored = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
-    for name in restored.keys() & {each.removesuffix(SCALE) for each in stored.keys() - restored}:
+    scaled = restored.keys() & {each.removesuffix(SCALE) for each in stored.keys() - restored}
+    for name, tensor in restored.items() if scaled else ():
+        restored[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name in scaled:
         scales = stored[f"{name}{SCALE}"]
         restored[name] = restored[name] * scales.view(-1, *[1] * (restored[name].ndim - 1))
     return restored

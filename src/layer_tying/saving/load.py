@@ -44,7 +44,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     folder = Path(folder)
     if (folder / COMPACT).is_file():
         tensors, aliases, settings = _read_compact(folder / COMPACT)
-        model = lay_out(_read_config(folder)).eval() if model is None else model
+        model = _laid_out(folder).eval() if model is None else model
         _share(model, aliases, folder)
     elif (folder / "checkpoints" / "best").is_dir():
         best = read_checkpoint(folder / "checkpoints" / "best")
@@ -84,14 +84,15 @@ def _read_compact(file: Path) -> tuple[dict[str, Tensor], dict[str, str], TyingS
     return without_scales(tensors), aliases, settings
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _laid_out(folder: Path) -> PreTrainedModel:
+    """The model of a folder's configuration, without weights."""
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"{folder} has no {CONFIG}: build the model yourself and pass it, load(folder, model)"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return lay_out(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # transformers raises whatever a damaged file leads to
         raise InputError(f"{folder / CONFIG} cannot be used: {one_line(error)}") from None
 
 

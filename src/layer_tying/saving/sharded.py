@@ -98,8 +98,9 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
     except Exception as error:  # torch's reader raises whatever a damaged file leads to
         raise InputError(f"{folder} is not a whole checkpoint: {one_line(error)}") from None
     facts = {n: each for n, each in stored.items() if isinstance(each, TensorStorageMetadata)}
-    _check_fit(folder, facts, layers)
-    layers.apply(Tying(tuple(saved["owners"])))
+    tying = Tying(tuple(saved["owners"]))
+    _check_fit(folder, facts, layers, tying)
+    layers.apply(tying)
     training = {n: _empty(each) for n, each in facts.items() if n.startswith(TRAINING)}
     states = _empty_optimizer_state(layers, facts)
     wanted = {**training, **states, **_weights(layers)}
@@ -152,9 +153,11 @@ def _finish(temporary: Path, folder: Path, state: str) -> None:
 
 
 def _check_fit(
-    folder: Path, facts: Mapping[str, TensorStorageMetadata], layers: TiedLayers
+    folder: Path, facts: Mapping[str, TensorStorageMetadata], layers: TiedLayers, tying: Tying
 ) -> None:
-    model = layers.stack.model
+    """Check that what was saved is what the model holds once it is tied so."""
+    layers.rules.check(tying)
+    model, stack = layers.stack.model, layers.stack
     shapes = {f"{MODEL}{n}": p.shape for n, p in model.named_parameters(remove_duplicate=False)}
     shapes |= {f"{MODEL}{n}": b.shape for n, b in model.named_buffers()}
     for name, each in facts.items():
@@ -164,6 +167,15 @@ def _check_fit(
                 f"{folder} is of another model: {name.removeprefix(MODEL)} has shape "
                 f"{tuple(each.size)} there, and there is {ours} here"
             )
+    names = [
+        {f"{layer}.{n}" for n in slots}
+        for layer, slots in zip(stack.names, stack.slots, strict=True)
+    ]
+    owned = set().union(*(names[owner] for owner in tying.independent_layers))
+    elsewhere = unique_tensors(model).keys() - set().union(*names)
+    for name in sorted(owned | elsewhere):
+        if f"{MODEL}{name}" not in facts:
+            raise InputError(f"{folder} is of another model: it has no {name}")
 
 
 def _empty(facts: TensorStorageMetadata) -> Tensor:

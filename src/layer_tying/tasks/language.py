@@ -215,8 +215,10 @@ def last_word_outcome(
 
     def is_hit(passage: tuple[str, str]) -> int:
         context, word = passage
-        target = encode(" " + word)
-        tokens = np.concatenate([encode(context), target])[-(max_length + 1) :]
+        before, tokens = encode(context), encode(f"{context} {word}")
+        differs = before != tokens[: len(before)]
+        target = tokens[int(differs.argmax()) if differs.any() else len(before) :]
+        tokens = tokens[-(max_length + 1) :]
         inputs = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
         best = most_likely(logits_of(inputs)[0, -len(target) :])
         return int(np.array_equal(best, target[-len(best) :]))
