@@ -58,12 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = f"unknown command {name!r}" if name else "a command is required"
         refuse(PROGRAM, problem)
     _quiet_the_noisy()
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # of a terminal or pipe that cannot show every character
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _replace_what_cannot_be_shown()
     command = COMMANDS[name]
     try:
         return command.run(rest, f"{PROGRAM} {name}", command.help)
@@ -93,6 +88,13 @@ def _quiet_the_noisy() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The name that transformers wants instead is not in its older versions.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+
+
+def _replace_what_cannot_be_shown() -> None:
+    """Print a question mark for a character that a terminal or pipe has no code for."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _advice(error: Exception) -> str | None:

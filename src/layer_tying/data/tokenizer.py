@@ -80,7 +80,7 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         parts = [np.zeros(0, np.int32)]
         batch: list[str] = []
-        gives_space = self.begins_texts_with_a_space()
+        gives_space = self._begins_texts_with_a_space()
         cut = AT_SPACE if gives_space else AT_SPACE_OR_LINE_END
         for number, piece in enumerate(pieces(text, cut=cut)):
             batch.append(piece[1:] if gives_space and number else piece)
@@ -94,7 +94,7 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
         return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
 
-    def begins_texts_with_a_space(self) -> bool:
+    def _begins_texts_with_a_space(self) -> bool:
         """Whether a space is put before what is encoded, as by the tokenizers of Llama 2."""
         both, one, other = self._encode_batch(["a b"]), ["a"], ["b"]
         return bool(

@@ -19,6 +19,7 @@ from layer_tying.data.tokenizer import Tokenizer, pieces
 from layer_tying.errors import InputError
 from layer_tying.files import write_whole
 
+ENCODING = 2  # counts the changes of what a text is encoded as; part of the key of cached tokens
 SPLITS = ("train", "validation", "test")
 
 
@@ -44,9 +45,6 @@ class Corpus:
     tokenizer: Tokenizer
 
 
-ENCODING = 2  # counts the changes of what a text is encoded as; part of the key of cached tokens
-
-
 def tokenize(texts: Texts, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> Corpus:
     """Tokenise the three splits, or read them from the cache if that has been done before.
 
@@ -54,9 +52,8 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, cache_dir: str | Path | None = 
     text and tokenizer. A damaged file is replaced; a folder that cannot be written only costs time.
     """
     splits = dict(zip(SPLITS, (texts.train, texts.validation, texts.test), strict=True))
-    key = hashlib.sha256(f"{ENCODING} {texts.sha256} {tokenizer.fingerprint}".encode()).hexdigest()[
-        :32
-    ]
+    named = f"{ENCODING} {texts.sha256} {tokenizer.fingerprint}"
+    key = hashlib.sha256(named.encode()).hexdigest()[:32]
     file = Path(cache_dir or cache_folder()) / f"tokens-{key}.npz"
     tokens = _read_cache(file, tokenizer)
     if tokens is None:

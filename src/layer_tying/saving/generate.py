@@ -65,12 +65,7 @@ def generate(
     check_tokenizer(tokenizer, model, folder)
     context = getattr(model.config, "max_position_embeddings", math.inf)  # Bloom's has no end
     length = _new_tokens(len(ids), max_new_tokens, context)
-    ends = {
-        name: getattr(model.generation_config, name) for name in ("eos_token_id", "bos_token_id")
-    }
-    model.generation_config = GenerationConfig(
-        **ends
-    )  # else the checkpoint's top_p and the like hold
+    model.generation_config = _tokens_only(model.generation_config)
     model = model.to(Accelerator().device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
@@ -96,6 +91,12 @@ def _sampling(temperature: float, top_k: int | None) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
+
+
+def _tokens_only(config: GenerationConfig) -> GenerationConfig:
+    """Which tokens begin and end a text, and nothing of how a checkpoint is usually sampled."""
+    settings = config.to_dict().items()
+    return GenerationConfig(**{name: each for name, each in settings if name.endswith("_token_id")})
 
 
 def _new_tokens(num_prompt: int, asked: int | None, context: float) -> int:
