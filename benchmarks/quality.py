@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_page import write_page
-from quality_rows import NAMES, Run, best_rate, row_of
+from quality_rows import NAMES, Run, best_rate, row_of, with_step_seconds
 from quality_settings import SETTINGS, Setting, claimed, command_of, methods_of, tuned
 
 from layer_tying.errors import InputError
@@ -52,7 +52,7 @@ def main() -> int:
     finally:
         is_committed = options.results.resolve() == RESULTS
         folder = REPOSITORY / "docs" if is_committed else options.results.parent
-        write_page(rows_so_far(options), folder)
+        write_page(with_step_seconds(rows_so_far(options)), folder)
     return 0
 
 

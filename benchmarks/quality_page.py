@@ -39,10 +39,10 @@ HOW = (
     "layers is at least 5 % lower than that of k layers: otherwise depth is worth nothing there, "
     "and neither is sharing it. Test figures belong to the weights that were best on validation. "
     "The gap closed is (plain-k - x) / (plain-k - plain-L). Times are steps times the seconds of a "
-    "step in the fastest run of a method, given where it has several: other processes ran on the "
-    "same machine, so compare them roughly. `make bench-quality` writes this page from "
-    "`benchmarks/results/quality.json`. Earlier results, from runs too short for depth to pay, are "
-    "in [a page of the log](log-short-runs.md)."
+    "step, which methods took in turns with nothing else on the machine "
+    "(`benchmarks/quality_times.py`; one thread, the fastest hundred steps of each). `make "
+    "bench-quality` writes this page from `benchmarks/results/quality.json`. Earlier results, from "
+    "runs too short for depth to pay, are in [a page of the log](log-short-runs.md)."
 )
 WHAT = {  # by the prefix of a method's name
     "plain": "`plain-L` and `plain-k` are conventional models: the ceiling, and the rival that has "

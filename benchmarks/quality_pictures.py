@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 from quality_rows import Groups, front_of, mean, mean_figure, step_seconds
-from quality_settings import Setting, half_as_deep
+from quality_settings import Setting, half_as_deep, timed
 
 from layer_tying.report.style import STYLE
 
@@ -97,13 +97,8 @@ def with_times(settings: Settings) -> dict[str, tuple[Setting, Groups]]:
         name: (setting, groups)
         for name, (setting, groups) in settings.items()
         if not setting.accuracy
-        and all(step_seconds(groups.get(method, [])) for method in _timed(setting))
+        and all(step_seconds(groups.get(method, [])) for method in timed(setting))
     }
-
-
-def _timed(setting: Setting) -> tuple[str, ...]:
-    k = setting.sets[0]
-    return setting.deep, setting.rival, f"cycle-{k}, 1/n", f"mixture-{k}"
 
 
 def draw_times(settings: Settings) -> Figure:
@@ -120,8 +115,7 @@ def draw_times(settings: Settings) -> Figure:
 
 def _draw_over_time(axes: Any, setting: Setting, groups: Groups) -> None:
     lines = {setting.rival: ":", half_as_deep(setting): "--"}
-    half = [half_as_deep(setting)] if step_seconds(groups.get(half_as_deep(setting), [])) else []
-    for name in (*_timed(setting), *half):
+    for name in timed(setting):
         _, colour, _ = _style(name)
         steps, _, perplexities = zip(*groups[name][0]["curve"], strict=True)
         seconds = step_seconds(groups[name])

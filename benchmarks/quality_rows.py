@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS
 from quality_settings import SETTINGS, Setting
 
 from layer_tying.paper.results import processor
@@ -15,6 +16,7 @@ from layer_tying.paper.results import processor
 Run = tuple[str, str, float, int]
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # method -> its runs at its best learning rate
+TIMES = RESULTS / "quality-times.json"
 GATE = 0.95  # depth pays where L layers have at most this share of the figure of k layers
 NAMES = ("setting", "method", "lr", "seed")  # what tells runs apart
 FIGURES = (
@@ -117,12 +119,17 @@ def best_fixed(groups: Groups, setting: Setting) -> str | None:
     return min(names, key=lambda name: mean_figure(groups[name], setting), default=None)
 
 
-def step_seconds(rows: Sequence[Row]) -> float | None:
-    """Seconds of a method's training step: of its fastest run, which other work held up least.
+def with_step_seconds(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the seconds of a step that were measured in turns, of the methods that have any."""
+    times = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"] if TIMES.exists() else {}
+    return [
+        {**row, "step_seconds": times.get(row["setting"], {}).get(row["method"])} for row in rows
+    ]
 
-    None where there is one run only, since that may have been held up.
-    """
-    return min(r["seconds_per_step"] for r in rows) if len(rows) > 1 else None
+
+def step_seconds(rows: Sequence[Row]) -> float | None:
+    """Seconds of a method's training step, where they were measured in turns with others'."""
+    return rows[0].get("step_seconds") if rows else None
 
 
 def steps_to(row: Row, perplexity: float) -> int | None:
