@@ -63,6 +63,7 @@ bench-scaling: $(VENV)/.run ## several processes, replicated and sharded: minute
 
 bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality_times.py
 
 bench-compress: $(VENV)/.test ## a trained model made smaller, by compress and its rivals: hours, resumes
 	$(BIN)/python benchmarks/compress.py

@@ -61,7 +61,7 @@ def measure(name: str) -> dict[str, float]:
                 config = config.replace(eval_batches=1, log_every=LOGGED)
                 train_all([Job(config, method)], threads=1, logs=options.folder / "logs")
                 each.extend(_of_each_hundred(config.folder))
-    return {method: min(seconds) / LOGGED for method, seconds in found.items()}
+    return {method: round(min(seconds) / LOGGED, 5) for method, seconds in found.items()}
 
 
 def _of_each_hundred(folder: Path) -> list[float]:
