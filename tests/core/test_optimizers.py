@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layer_tying import DynamicTying, RandomPolicy, TiedLayers, Tying
-from layer_tying.saving.checkpoint import load_optimizer_state_by_name, optimizer_state_by_name
+from layer_tying.saving.training_state import load_optimizer_state_by_name, optimizer_state_by_name
 
 pytestmark = pytest.mark.numerics
 

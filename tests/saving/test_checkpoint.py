@@ -23,13 +23,15 @@ from layer_tying.errors import InputError
 from layer_tying.saving import checkpoint
 from layer_tying.saving.checkpoint import (
     keep_newest,
-    load_optimizer_state_by_name,
     newest_checkpoint,
-    optimizer_state_by_name,
     read_checkpoint,
     save_checkpoint,
     step_folder,
     unique_tensors,
+)
+from layer_tying.saving.training_state import (
+    load_optimizer_state_by_name,
+    optimizer_state_by_name,
 )
 
 TYING = Tying((0, 0, 2, 2))

@@ -43,7 +43,7 @@ from layer_tying.runs.precision import autocast, usual_precision
 from layer_tying.runs.statistics import Stopwatch, progress_bar
 from layer_tying.runs.summary import environment
 from layer_tying.runs.train import Interrupted
-from layer_tying.saving import checkpoint
+from layer_tying.saving import checkpoint, training_state
 from layer_tying.saving.export import COMPACT, DTYPES, export_compact
 from layer_tying.saving.export_run import tokenizer_of
 from layer_tying.saving.load import load
@@ -265,9 +265,9 @@ def _save(work: Work, healing: Healing) -> None:
         step=healing.step,
         config=json.loads(work.config.to_json()),
         training={
-            "optimizer": checkpoint.optimizer_state_by_name(model, healing.optimizer),
+            "optimizer": training_state.optimizer_state_by_name(model, healing.optimizer),
             "batches": work.task.batches.state(),
-            "rng": checkpoint.rng_state(),
+            "rng": training_state.rng_state(),
             "seconds": work.clock.seconds,
         },
     )
@@ -285,11 +285,13 @@ def _restore(work: Work, healing: Healing) -> None:
     if saved.settings.mixes:
         healing.layers.mix()
     checkpoint.load_tensors(healing.student, saved.weights(), saved.folder)
-    checkpoint.load_optimizer_state_by_name(healing.student, healing.optimizer, state["optimizer"])
+    training_state.load_optimizer_state_by_name(
+        healing.student, healing.optimizer, state["optimizer"]
+    )
     healing.step = saved.step
     work.task.batches.restore(state["batches"])
     work.clock.seconds = dict(state["seconds"])
-    checkpoint.set_rng_state(state["rng"])
+    training_state.set_rng_state(state["rng"])
     work.folder.rewind(saved.step)
 
 

@@ -39,7 +39,7 @@ from layer_tying.integrations.rewards import batch_reward, evaluation_reward, re
 from layer_tying.integrations.schedule import joining
 from layer_tying.policies import make_policy
 from layer_tying.policies.base import Policy
-from layer_tying.saving import checkpoint
+from layer_tying.saving import checkpoint, training_state
 
 FOLDER = "layer_tying"  # inside a checkpoint's
 
@@ -128,7 +128,7 @@ class DynamicTyingCallback(TrainerCallback):
         if saved:
             training = saved.training_state()
             saved.load_weights(model)
-            checkpoint.load_optimizer_state_by_name(model, optimizer, training["optimizer"])
+            training_state.load_optimizer_state_by_name(model, optimizer, training["optimizer"])
             self.dynamic.load_state_dict(training["tying"])
             self.dynamic.layers.verify()
         else:
@@ -175,7 +175,7 @@ class DynamicTyingCallback(TrainerCallback):
             config={},
             facts={"run": self._run},
             training={
-                "optimizer": checkpoint.optimizer_state_by_name(model, optimizer),
+                "optimizer": training_state.optimizer_state_by_name(model, optimizer),
                 "tying": self.dynamic.state_dict(),
             },
         )

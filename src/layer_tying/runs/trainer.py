@@ -41,7 +41,7 @@ from layer_tying.runs.optimization import adamw, learning_rate
 from layer_tying.runs.precision import autocast, choose_attention
 from layer_tying.runs.start import rules_of, starting_point
 from layer_tying.runs.statistics import Stopwatch, Tally
-from layer_tying.saving import checkpoint
+from layer_tying.saving import checkpoint, training_state
 from layer_tying.tasks.base import Task
 from layer_tying.tasks.evaluation import evaluating
 from layer_tying.tasks.metrics import perplexity
@@ -296,7 +296,7 @@ class Trainer:
         together for rank 0.
         """
         self.tally.seconds = self.clock.seconds
-        optimizer = checkpoint.optimizer_state_by_name(self.model, self.optimizer)
+        optimizer = training_state.optimizer_state_by_name(self.model, self.optimizer)
         return {
             "model": self._weights(),
             "storage": list(self.storage.tying.owners),
@@ -305,7 +305,7 @@ class Trainer:
             "tying": self.tying.state_dict() if self.tying else None,
             "batches": self.task.batches.state(),
             "reward_batches": self.task.reward_batches.state(),
-            "rng": distributed.gather(checkpoint.rng_state()),
+            "rng": distributed.gather(training_state.rng_state()),
             "tally": asdict(self.tally),
             "losses": [distributed.mean(float(loss)) for loss in self.losses],
             "best": self.best,
@@ -321,7 +321,7 @@ class Trainer:
         self.storage.apply(Tying(tuple(state["storage"])))
         checkpoint.load_tensors(self.model, state["model"], self.folder.path)
         self.layers.apply(Tying(tuple(state["owners"])))
-        checkpoint.load_optimizer_state_by_name(self.model, self.optimizer, state["optimizer"])
+        training_state.load_optimizer_state_by_name(self.model, self.optimizer, state["optimizer"])
         if self.tying:
             self.tying.load_state_dict(state["tying"])
         self.layers.verify()
@@ -334,7 +334,7 @@ class Trainer:
         self.validation_perplexity = state["validation_perplexity"]
         self.state = None
         if distributed.rank() < len(state["rng"]):
-            checkpoint.set_rng_state(state["rng"][distributed.rank()])
+            training_state.set_rng_state(state["rng"][distributed.rank()])
 
 
 def _rounded(matrices: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:

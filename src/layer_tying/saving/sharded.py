@@ -29,14 +29,9 @@ from layer_tying.core.distributed import on_rank_0, world_size
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
-from layer_tying.saving.checkpoint import (
-    join_tree,
-    optimizer_state_by_name,
-    replace_folder,
-    split_tree,
-    unique_tensors,
-)
+from layer_tying.saving.checkpoint import replace_folder, unique_tensors
 from layer_tying.saving.export import one_line
+from layer_tying.saving.training_state import join_tree, optimizer_state_by_name, split_tree
 
 STATE = "state.json"
 MODEL, OPTIMIZER, TRAINING = "model/", "optimizer/", "training"  # how the tensors' names begin

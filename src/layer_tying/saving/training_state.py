@@ -1,0 +1,93 @@
+"""What training needs to go on besides weights: the optimizer's state by name, random numbers.
+
+Files hold such states as trees of JSON-able values, whose tensors are put aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layer_tying.core.distributed import is_sharded
+from layer_tying.core.gather import sharded_as
+
+
+def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state with parameters' names for keys."""
+    return {
+        name: dict(optimizer.state[p])
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def load_optimizer_state_by_name(
+    model: nn.Module, optimizer: Optimizer, states: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give each named parameter the optimizer state that ``optimizer_state_by_name`` saved."""
+    optimizer.state.clear()
+    parameters = dict(model.named_parameters())
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, state in states.items():
+        parameter = parameters[name]
+        group = groups[parameter]
+        counts_there = group.get("fused") or group.get("capturable")  # else steps stay on the CPU
+        optimizer.state[parameter] = {
+            key: _at_home(value, parameter)
+            if isinstance(value, Tensor) and (key != "step" or counts_there)
+            else value
+            for key, value in state.items()
+        }
+
+
+def _at_home(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A value of the optimizer's state where its parameter is: on its device, in its rows."""
+    if is_sharded(parameter) and value.shape == parameter.shape and value.ndim:
+        return sharded_as(value, parameter)
+    return value.to(parameter.device)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's global random numbers, on the CPU and on this process's GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Go on with the random numbers that ``rng_state`` saw."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The tree as JSON-able values, its tensors put aside under their paths.
+
+    Dictionaries become lists of pairs, since an optimizer's keys are integers.
+    """
+    if isinstance(tree, Tensor):
+        while path in tensors:  # of the keys "a/b", and "a" with "b" in it
+            path += "'"
+        tensors[path] = tree.detach().clone().contiguous()
+        return {"tensor": path}
+    if isinstance(tree, Mapping):
+        return {"pairs": [[k, split_tree(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return {"list": [split_tree(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def join_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that ``split_tree`` took apart."""
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "pairs":
+        return {key: join_tree(value, tensors) for key, value in content}
+    if kind == "list":
+        return [join_tree(value, tensors) for value in content]
+    return content
