@@ -136,6 +136,15 @@ def test_layers_of_two_kinds_are_never_tied():
         policy.observe(state, state.owners, -float(t), state)
 
 
+@pytest.mark.parametrize("budget", range(3, 7))
+def test_it_starts_within_a_budget_where_layers_are_of_two_kinds(budget):
+    rules = Rules((0, 1, 0, 1, 0, 1), budget)
+    policy = Bandit()
+    start = policy.start(rules)
+    rules.check(start)
+    policy.reset(start, rules, num_decisions=8)  # refuses a start without a border to move
+
+
 def test_no_reward_teaches_nothing():
     policy = ready(Bandit(), 4, num_decisions=9)
     state = Tying.all_tied(4)

@@ -30,8 +30,12 @@ from layer_tying.saving.checkpoint import (
     unique_tensors,
 )
 from layer_tying.saving.training_state import (
+    copied_where_shared,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
+    rng_state,
+    set_rng_state,
+    split_tree,
 )
 
 TYING = Tying((0, 0, 2, 2))
@@ -139,6 +143,34 @@ def test_shared_weights_are_stored_once(tmp_path):
     block = sum(p.numel() * p.element_size() for p in gpt2(4).transformer.h[0].parameters())
     assert sizes[2] - sizes[1] == pytest.approx(block, rel=0.15)
     assert sizes[4] - sizes[2] == pytest.approx(2 * block, rel=0.15)
+
+
+def test_saving_copies_no_state_but_what_shares_memory(tmp_path):
+    """An optimizer's state is twice the model: on a small GPU there is no room for it again."""
+    whole = torch.arange(6.0)
+    training = {"own": torch.ones(3), "half": whole[:3], "other half": whole[3:], "same": whole}
+    tensors: dict[str, torch.Tensor] = {}
+    split_tree(training, tensors, "")
+    saved = copied_where_shared(tensors)
+    assert saved["/own"].data_ptr() == training["own"].data_ptr()
+    assert saved["/half"].data_ptr() == whole.data_ptr()
+    save_checkpoint(tmp_path / "c", nn.Linear(2, 2), TYING, step=0, config={}, training=training)
+    found = read_checkpoint(tmp_path / "c").training_state()
+    assert all(torch.equal(found[name], tensor) for name, tensor in training.items())
+
+
+def test_random_numbers_of_a_mac_are_kept(monkeypatch):
+    states = [torch.tensor([3], dtype=torch.uint8)]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    saved = rng_state()
+    set_rng_state({"cpu": saved["cpu"]})  # of a machine without a GPU
+    assert len(states) == 1
+    set_rng_state(saved)
+    assert len(states) == 2
+    assert states[1] is states[0]
 
 
 def test_persistent_buffers_are_weights_too_and_others_are_not():

@@ -53,14 +53,19 @@ class Bandit(Policy):
         self._rng = np.random.default_rng(seed)
 
     def start(self, rules: Rules) -> Tying:
-        """Groups of neighbouring layers: a quarter of the layers, or all that a budget allows."""
+        """Groups of neighbouring layers: a quarter of the layers, or all that a budget allows.
+
+        Groups are parted by kind, so that fewer of them may fit.
+        """
         num_layers = len(rules.kinds)
         usual = min(max(3, num_layers // 4), num_layers)
         is_limited = rules.max_independent < num_layers
-        groups = pattern("sandwich", num_layers, rules.max_independent if is_limited else usual)
-        within_kinds = Tying.from_labels(zip(rules.kinds, groups.owners, strict=True))
-        is_allowed = within_kinds.num_independent <= rules.max_independent
-        return within_kinds if is_allowed else rules.tightest
+        for number in range(rules.max_independent if is_limited else usual, 1, -1):
+            groups = pattern("sandwich", num_layers, number)
+            within_kinds = Tying.from_labels(zip(rules.kinds, groups.owners, strict=True))
+            if within_kinds.num_independent <= rules.max_independent:
+                return within_kinds
+        return rules.tightest
 
     def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
         """Begin a run.

@@ -28,7 +28,7 @@ from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.errors import InputError
 from layer_tying.events import at
 from layer_tying.files import set_usual_mode
-from layer_tying.saving.training_state import join_tree, split_tree
+from layer_tying.saving.training_state import copied_where_shared, join_tree, split_tree
 
 FORMAT = "layer-tying checkpoint 2"
 STATE, MODEL, TRAINING = "state.json", "model.safetensors", "training.safetensors"
@@ -108,7 +108,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         stored = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-        for name, each in ((MODEL, stored), (TRAINING, tensors)):
+        for name, each in ((MODEL, stored), (TRAINING, copied_where_shared(tensors))):
             save_file(each, temporary / name)
             set_usual_mode(temporary / name)
         state = {

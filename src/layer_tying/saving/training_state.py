@@ -53,15 +53,23 @@ def _at_home(value: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def rng_state() -> dict[str, Any]:
     """The state of torch's global random numbers, on the CPU and on this process's GPU."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    gpu = _gpu()
+    on_gpu = {gpu: torch.get_device_module(gpu).get_rng_state()} if gpu else {}
+    return {"cpu": torch.get_rng_state(), **on_gpu}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Go on with the random numbers that ``rng_state`` saw."""
+    """Go on with the random numbers that ``rng_state`` saw, on a GPU of the same kind as well."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    gpu = _gpu()
+    if gpu and state.get(gpu) is not None:
+        torch.get_device_module(gpu).set_rng_state(state[gpu])
+
+
+def _gpu() -> str | None:
+    """The kind of GPU there is: cuda, mps, ..."""
+    device = torch.accelerator.current_accelerator()
+    return device.type if device and torch.accelerator.is_available() else None
 
 
 def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -72,13 +80,24 @@ def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(tree, Tensor):
         while path in tensors:  # of the keys "a/b", and "a" with "b" in it
             path += "'"
-        tensors[path] = tree.detach().clone().contiguous()
+        tensors[path] = tree.detach().contiguous()
         return {"tensor": path}
     if isinstance(tree, Mapping):
         return {"pairs": [[k, split_tree(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)):
         return {"list": [split_tree(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
     return {"value": tree}
+
+
+def copied_where_shared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those copied that share memory with an earlier one: safetensors refuses them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return found
 
 
 def join_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
