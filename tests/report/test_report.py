@@ -226,6 +226,13 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     assert [run.path.name for run in groups[1].runs] == ["a", "b"]
 
 
+def test_two_runs_of_one_seed_are_not_called_two_seeds(tmp_path):
+    seeds = {"a": 1, "b": 1, "c": 2}
+    runs = [read_run(write_run(tmp_path / name, "dqn", seed=seeds[name])) for name in seeds]
+    assert group_runs(runs)[0].title == "dqn (3 runs of 2 seeds)"
+    assert group_runs(runs[:2])[0].title == "dqn (2 runs of 1 seed)"
+
+
 def test_curves_are_means_over_seeds_on_the_tokens_all_have_reached(tmp_path):
     for seed, losses in enumerate(([1, 2, 6], [3, 4, 8])):
         folder = write_run(tmp_path / str(seed), seed=seed)

@@ -31,8 +31,14 @@ class RunGroup:
 
     @property
     def title(self) -> str:
-        """The label, and how many seeds there are where there are several."""
-        return f"{self.label} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.label
+        """The label, and how many seeds there are where there are several runs."""
+        num_runs = len(self.runs)
+        if num_runs == 1:
+            return self.label
+        num_seeds = len({run.setting("seed", 0) for run in self.runs})
+        if num_seeds == num_runs:
+            return f"{self.label} ({num_seeds} seeds)"
+        return f"{self.label} ({num_runs} runs of {num_seeds} seed{'s' * (num_seeds > 1)})"
 
     @property
     def num_unfinished(self) -> int:
