@@ -23,11 +23,11 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.layers import Layers
 from layer_tying.core.mixtures import check_mixable, refuse_schedulers
+from layer_tying.core.parts import settings_of_part
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import Options, tied_layers
 from layer_tying.core.tying import Rules, Tying
-from layer_tying.core.tying_settings import settings_of
 from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
@@ -79,8 +79,9 @@ class DynamicTying:
         options.setdefault("inherit", policy.inherit)
         if initial is None and policy.residual_scaling:
             options.setdefault("residual_scaling", policy.residual_scaling)
-        if options.get("residual_scaling") and not settings_of(model).residual_outputs:
-            options.setdefault("residual_outputs", _known_residual_outputs(model))
+        wanted, _ = settings_of_part(model, options)
+        if wanted.residual_scaling and not wanted.residual_outputs:
+            options["residual_outputs"] = _known_residual_outputs(model)
         distributed.check_in_sync(model, distributed.START_ALIKE)
         with tied_layers(model, optimizer, **options) as layers:
             if policy.mixes and not layers.mixtures:

@@ -173,17 +173,33 @@ def test_layers_that_are_tied_by_parts_are_exported_as_they_compute(power, tmp_p
     model = trained("gpt2", True, Tying.independent(NUM_LAYERS))
     for (output, others), tying in zip(PARTS.items(), (("all",), ("cycle", 3)), strict=True):
         tie(model, *tying, untied=others, residual_scaling=power, residual_outputs=[output])
-    export_expanded(model, tmp_path / "expanded")
-    plain = CLASSES["gpt2"].from_pretrained(tmp_path / "expanded")
+    check_both_exports(model, tmp_path)
+
+
+def test_parts_that_mix_different_numbers_of_sets_are_exported_as_they_compute(tmp_path):
+    model = trained("gpt2", True, Tying.independent(NUM_LAYERS)).double()
+    for others, number in zip(PARTS.values(), (2, 3), strict=True):
+        options = {"untied": others, "residual_scaling": 1.0, "residual_outputs": [*PARTS]}
+        layers = tie(model, "cycle", number, **options)
+        with torch.no_grad():
+            for coefficients in layers.mix():
+                coefficients.add_(torch.randn(number))
+    check_both_exports(model, tmp_path)
+    loaded = load(tmp_path / "compact")
+    for others, number in zip(PARTS.values(), (2, 3), strict=True):
+        layers = TiedLayers(loaded, untied=others)
+        assert layers.tying.num_independent == number
+        assert layers.mixtures is not None
+
+
+def check_both_exports(model: torch.nn.Module, folder: Path) -> None:
+    export_expanded(model, folder / "expanded")
+    plain = CLASSES["gpt2"].from_pretrained(folder / "expanded")
     assert_close(logits(plain, "gpt2"), logits(model, "gpt2"))
-    if power:
-        with pytest.raises(InputError, match=r"attn.c_proj is mixed or scaled by an earlier tying"):
-            export_compact(model, tmp_path / "compact")
-    else:
-        export_compact(model, tmp_path / "compact")
-        loaded = load(tmp_path / "compact")
-        assert_close(logits(loaded, "gpt2"), logits(model, "gpt2"))
-        assert num_parameters(loaded) == num_parameters(model) < num_parameters(plain)
+    export_compact(model, folder / "compact")
+    loaded = load(folder / "compact")
+    assert_close(logits(loaded, "gpt2"), logits(model, "gpt2"))
+    assert num_parameters(loaded) == num_parameters(model) < num_parameters(plain)
 
 
 def test_a_scaled_output_whose_weights_are_not_shared_is_scaled_in_an_expanded_export(tmp_path):

@@ -147,5 +147,6 @@ def _header_bytes(shapes: Mapping[str, list[int]], data_bytes: int) -> int:
 
 
 def _settings_bytes(stack: LayerStack) -> int:
-    written = json.dumps(settings_of(stack.model).to_json())
-    return len(written) + OWNER * len(stack.blocks) + SETTINGS
+    settings = settings_of(stack.model)
+    owners = OWNER * len(stack.blocks) * (1 + len(settings.others))
+    return len(json.dumps(settings.to_json())) + owners + SETTINGS

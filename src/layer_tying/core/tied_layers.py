@@ -19,14 +19,19 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from torch import nn
 from torch.optim import Optimizer
 
+from layer_tying.core import parts
 from layer_tying.core.distributed import held_here
-from layer_tying.core.find import LayerStack, find_layers
 from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import factors, residual_modules
 from layer_tying.core.tying import Rules, Tying, storage_sources
-from layer_tying.core.tying_settings import remember_settings, settings_of
+from layer_tying.core.tying_settings import (
+    forget_settings,
+    is_remembered,
+    remember_settings,
+    settings_of,
+)
 from layer_tying.core.weight_access import (
     read_as_they_are,
     read_detached,
@@ -71,7 +76,7 @@ class TiedLayers:
             ``param_groups`` and ``state`` are kept in step.
         options: ``layers``, ``untied``, ``by_kind``, ``gradient``, ``optimizer_state``,
             ``inherit``, ``residual_scaling`` and ``residual_outputs``: see ``TyingSettings``. What
-            is left out is as it was when the model was last tied, if it was.
+            is left out is as it was when these layers were last tied, if they were.
 
     Attributes:
         tying: the tying in force.
@@ -90,10 +95,8 @@ class TiedLayers:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        self.settings = settings = settings_of(model).but(**options)
-        self.stack: LayerStack = find_layers(
-            model, settings.layers, settings.untied, settings.by_kind
-        )
+        self.settings, self.stack = parts.settings_of_part(model, options)
+        settings = self.settings
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
         self._residual_modules: list[list[nn.Module]] = []
@@ -108,7 +111,7 @@ class TiedLayers:
             modules = chain.from_iterable(block.modules() for block in self.stack.blocks)
             read_as_they_are(module for module in modules if not module._parameters)
         self._set_weight_access()
-        remember_settings(model, settings)
+        parts.remember_part(self.stack, settings)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -189,7 +192,7 @@ class TiedLayers:
             self.mixtures = self._mixtures()
             self.settings = settings
             self._set_weight_access()
-            remember_settings(self.stack.model, settings)
+            parts.remember_part(self.stack, settings)
         return self.mixtures
 
     def _mixtures(self) -> Mixtures:
@@ -283,9 +286,12 @@ class TiedLayers:
         if self.mixtures:
             self.mixtures.set_weight_access()
         scales = factors(self.tying, self.settings.residual_scaling)
+        others = parts.other_parts(self.stack, self.settings).values()
+        elsewhere = set().union(*map(parts.modules_of, others))
         for modules, factor in zip(self._residual_modules, scales, strict=False):
             for module in modules:
-                scale_output(module, factor)
+                if module not in elsewhere:
+                    scale_output(module, factor)
 
 
 def tie(
@@ -325,14 +331,19 @@ def tied_layers(
     **options: Unpack[Options],
 ) -> Iterator[TiedLayers]:
     """``TiedLayers``, whose options the model forgets again if what is done with them fails."""
-    before = settings_of(model)
+    before = settings_of(model) if is_remembered(model) else None
+    which = {name: value for name, value in options.items() if name in parts.WHICH}
+    of_part, stack = parts.settings_of_part(model, which)
     layers = TiedLayers(model, optimizer, **options)
     try:
         yield layers
     except BaseException:
         read_as_they_are(chain.from_iterable(layers._residual_modules))
-        which = {name: getattr(layers.settings, name) for name in ("layers", "untied", "by_kind")}
-        remember_settings(model, before.but(**which))
+        parts.remember_part(stack, of_part)
         TiedLayers(model)  # lets them read their weights as before
-        remember_settings(model, before)
+        forget_settings(model)
+        if before:
+            remember_settings(model, before)
+        for part in parts.parts_of(model):  # what another one scales may have been read here
+            TiedLayers(model, **parts.which(part))
         raise

@@ -46,6 +46,8 @@ class TyingSettings:
             residual stream; needed for residual scaling.
         mixes: whether the layers read learned mixtures of the shared weights.
         owners: the tying at the time of saving; empty where it is not known.
+        others: the settings of the other parts of the layers, where parts are tied each in its own
+            way (see ``parts.py``).
 
     Raises:
         InputError: if a value is not one of the choices.
@@ -61,6 +63,7 @@ class TyingSettings:
     residual_outputs: tuple[str, ...] = ()
     mixes: bool = False
     owners: tuple[int, ...] = ()
+    others: tuple[TyingSettings, ...] = ()
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -109,12 +112,18 @@ class TyingSettings:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
+        tuples["others"] = tuple(map(cls.from_dict, values.get("others", ())))
         return cls(**tuples)
 
 
 def remember_settings(model: nn.Module, settings: TyingSettings) -> None:
     """Keep the settings of a model's tying with the model."""
     model.__dict__[ATTRIBUTE] = asdict(settings)
+
+
+def is_remembered(model: nn.Module) -> bool:
+    """Whether a model was tied, and remembers how."""
+    return ATTRIBUTE in model.__dict__
 
 
 def settings_of(model: nn.Module) -> TyingSettings:

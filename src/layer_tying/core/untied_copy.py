@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from layer_tying.core.find import MIXTURE
+from layer_tying.core.parts import parts_of, which
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
-from layer_tying.core.tying_settings import forget_settings, remember_settings, settings_of
+from layer_tying.core.tying_settings import TyingSettings, forget_settings
 from layer_tying.core.weight_access import read_as_they_are, weights_as_read
 
 
@@ -26,17 +27,17 @@ def untied_copy(model: nn.Module) -> nn.Module:
         InputError: if what is scaled is more than one linear map, so that weights cannot show it.
     """
     copied = copy.deepcopy(model)
-    stack = TiedLayers(copied).stack
-    as_read = {name: weight.clone() for name, weight in weights_as_read(stack)}
-    plain = settings_of(copied).but(mixes=False, residual_scaling=0.0, gradient="sum", owners=())
+    parts = [which(part) for part in parts_of(copied) or [TyingSettings()]]
+    stacks = [TiedLayers(copied, **part).stack for part in parts]
+    as_read = {name: w.clone() for stack in stacks for name, w in weights_as_read(stack)}
     read_as_they_are(copied.modules())
-    for block in stack.blocks:
-        for module in block.modules():
-            for name in [name for name in module._parameters if name.endswith(MIXTURE)]:
-                del module._parameters[name]
-    remember_settings(copied, plain)
-    layers = TiedLayers(copied)
-    layers.apply(Tying.independent(layers.tying.num_layers))
+    for module in copied.modules():
+        for name in [name for name in module._parameters if name.endswith(MIXTURE)]:
+            del module._parameters[name]
+    forget_settings(copied)
+    for part in parts:
+        layers = TiedLayers(copied, **part)
+        layers.apply(Tying.independent(layers.tying.num_layers))
     forget_settings(copied)
     with torch.no_grad():
         for name, weight in as_read.items():

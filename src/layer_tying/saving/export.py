@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core.distributed import is_sharded, on_rank_0, rank
-from layer_tying.core.find import MIXTURE, LayerStack, find_layers
+from layer_tying.core.find import MIXTURE
 from layer_tying.core.gather import whole_on_rank_0
+from layer_tying.core.parts import modules_of, parts_of, stack_of
 from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.weight_access import mixed_or_scaled, tying_in_use, weights_as_read
@@ -107,8 +108,8 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
 
     Raises:
         InputError: if the folder cannot be written or holds the weights of a model in another
-            format, tensors share memory in another way than by being the same parameter, or parts
-            of the layers are tied each in its own way and those tied first are mixed or scaled.
+            format, tensors share memory in another way than by being the same parameter, or layers
+            are still mixed or scaled that the model was tied without later.
     """
     _check_recorded(model)
     _refuse_the_other_format(Path(folder), *PLAIN)
@@ -152,38 +153,45 @@ def _once(model: nn.Module, write: Callable[[], None]) -> None:
 def _settings_now(model: nn.Module) -> TyingSettings:
     """The settings of a model's tying, with the tying that its parameters show.
 
-    Where the layers cannot be found (they were tied in several parts, or not by us), no tying is
-    given.
+    Where the layers cannot be found (they were not tied by us), no tying is given.
     """
     settings = settings_of(model)
+
+    def with_owners(part: TyingSettings) -> TyingSettings:
+        return replace(part, owners=tying_in_use(stack_of(model, part)).owners)
+
     try:
-        return replace(settings, owners=tying_in_use(_stack_of(model)).owners)
+        return replace(with_owners(settings), others=tuple(map(with_owners, settings.others)))
     except InputError:
         return settings
 
 
 def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What layers compute with where that is not what is stored; of a sharded model, on rank 0."""
-    read: dict[str, Tensor] = {}
-    if changed := mixed_or_scaled(model):
-        is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
-        stack = _stack_of(model)
-        _check_among(changed, {module for block in stack.blocks for module in block.modules()})
-        for name, weight in weights_as_read(stack):
-            if is_kept:
-                read[name] = weight.to(dtype or weight.dtype, copy=True).contiguous()
-    return read
+    if not (changed := mixed_or_scaled(model)):
+        return {}
+    stacks = [stack_of(model, part) for part in parts_of(model)]
+    blocks = [block for stack in stacks for block in stack.blocks]
+    _check_among(changed, {module for block in blocks for module in block.modules()})
+    is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
+    return {
+        name: weight.to(dtype or weight.dtype, copy=True).contiguous()
+        for stack in stacks
+        for name, weight in weights_as_read(stack)
+        if is_kept
+    }
 
 
 def _check_recorded(model: nn.Module) -> None:
     """Check that the settings say of each module that is mixed or scaled that it is."""
     if changed := mixed_or_scaled(model):
-        settings, stack = settings_of(model), _stack_of(model)
         recorded: set[nn.Module] = set()
-        if settings.mixes:
-            recorded.update(module for slots in stack.slots for module, _ in slots.values())
-        if settings.residual_scaling:
-            recorded.update(*residual_modules(stack, settings.residual_outputs))
+        for part in parts_of(model):
+            stack = stack_of(model, part)
+            if part.mixes:
+                recorded |= modules_of(stack)
+            if part.residual_scaling:
+                recorded.update(*residual_modules(stack, part.residual_outputs))
         _check_among(changed, recorded)
 
 
@@ -191,14 +199,9 @@ def _check_among(changed: Mapping[str, nn.Module], known: Collection[nn.Module])
     for name, module in changed.items():
         if module not in known:
             raise InputError(
-                f"{name} is mixed or scaled by an earlier tying, of another part of the model than "
-                f"the last one, which this format cannot express"
+                f"{name} is mixed or scaled by an earlier tying of more of the model than the last "
+                f"one, which this format cannot express"
             )
-
-
-def _stack_of(model: nn.Module) -> LayerStack:
-    settings = settings_of(model)
-    return find_layers(model, settings.layers, settings.untied, settings.by_kind)
 
 
 def _stored_and_aliases(

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from layer_tying.core.find import find_layers
 from layer_tying.core.mixtures import Mixtures
+from layer_tying.core.parts import stack_of, which
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, remember_settings
@@ -58,13 +58,15 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{folder} is neither a run with a best checkpoint nor a compact export "
             f"(a plain transformers folder is loaded by from_pretrained)"
         )
-    if settings.mixes:  # room for the coefficients
-        stack = find_layers(model, settings.layers, settings.untied, settings.by_kind)
-        Mixtures(stack, Tying(settings.owners))
+    parts = [*settings.others, settings] if settings.owners else []  # of layers that can be found
+    for part in parts:
+        if part.mixes:  # room for the coefficients
+            Mixtures(stack_of(model, part), Tying(part.owners))
     _put_in(model, tensors, folder)
-    remember_settings(model, settings)
-    if settings.owners:  # the layers can be found: they read their weights as they did
-        TiedLayers(model)
+    if parts:
+        remember_settings(model, settings)
+    for part in parts:  # the layers read their weights as they did
+        TiedLayers(model, **which(part))
     if isinstance(model, PreTrainedModel) and (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

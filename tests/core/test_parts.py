@@ -1,0 +1,161 @@
+"""Parts of layers that are tied each in its own way: attention one way, feed-forward another."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import gpt2
+from torch import nn
+
+from layer_tying.core.parts import parts_of
+from layer_tying.core.patterns import pattern
+from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tying import Tying
+from layer_tying.core.untied_copy import untied_copy
+from layer_tying.dynamic import DynamicTying
+from layer_tying.errors import InputError
+
+pytestmark = pytest.mark.numerics
+
+ATTENTION = ["mlp.*", "ln_2.*"]  # what a tying of attention leaves out, and of the rest
+FEED_FORWARD = ["attn.*", "ln_1.*"]
+OUTPUTS = ["attn.c_proj", "mlp.c_proj"]
+IDS = torch.arange(10)[None] % 7
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def in_double() -> nn.Module:
+    torch.manual_seed(0)
+    return gpt2(6).double().eval()
+
+
+def mixed_by_hand(model: nn.Module, plain: nn.Module, scaling: float) -> nn.Module:
+    """An untied model whose matrices are sums over the sets, written out."""
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    plain.load_state_dict({n: p for n, p in stored.items() if not n.endswith("_mixture")}, False)
+    with torch.no_grad():
+        for i, block in enumerate(plain.transformer.h):
+            for name, weight in block.named_parameters():
+                number = 2 if name.startswith(("attn", "ln_1")) else 3
+                sets = [stored[f"transformer.h.{m}.{name}"] for m in range(number)]
+                if weight.ndim > 1:
+                    c = stored[f"transformer.h.{i}.{name}_mixture"]
+                    weight.copy_(sum(c[m] * each for m, each in enumerate(sets)))
+                else:
+                    weight.copy_(sets[i % number])
+                if scaling and "c_proj" in name:
+                    weight.mul_((number / 6) ** scaling)
+    return plain
+
+
+@pytest.mark.parametrize("scaling", [0.0, 1.0])
+def test_each_part_mixes_its_own_number_of_sets(scaling):
+    model = in_double()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"residual_scaling": scaling, "residual_outputs": OUTPUTS if scaling else []}
+    parts = [
+        tie(model, "cycle", 2, optimizer=optimizer, untied=ATTENTION, **options),
+        tie(model, "cycle", 3, optimizer=optimizer, untied=FEED_FORWARD, **options),
+    ]
+    mixtures = [layers.mix() for layers in parts]
+    for _ in range(3):  # the coefficients leave their one-hot start
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layers in parts:
+        layers.verify()
+    assert {len(c) for mixture in mixtures for c in mixture} == {2, 3}
+    torch.testing.assert_close(logits(model), logits(mixed_by_hand(model, plain, scaling)))
+
+
+def test_a_part_changes_and_the_other_stays():
+    model = in_double()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS}
+    attention = tie(model, "all", untied=ATTENTION, **options)
+    rest = tie(model, "cycle", 3, untied=FEED_FORWARD, **options)
+    attention.apply(pattern("cycle", 6, 2))
+    for layers, number in ((attention, 2), (rest, 3)):
+        layers.verify()
+        assert layers.tying == pattern("cycle", 6, number)
+    for layer in model.transformer.h:
+        for module, uses in ((layer.attn.c_proj, 3), (layer.mlp.c_proj, 2)):
+            x = torch.ones(1, len(module.weight), dtype=torch.double)
+            expected = (x @ module.weight + module.bias) / uses
+            torch.testing.assert_close(module(x), expected)
+
+
+def test_what_a_part_was_tied_with_is_remembered_for_it():
+    model = in_double()
+    tie(model, "cycle", 2, untied=ATTENTION, inherit="majority").mix()
+    rest = tie(model, "cycle", 3, untied=FEED_FORWARD)
+    assert rest.mixtures is None  # the options of one part are not those of the other
+    assert rest.settings.inherit == "first"
+    again = TiedLayers(model, untied=ATTENTION)
+    assert again.mixtures is not None
+    assert again.settings.inherit == "majority"
+    assert TiedLayers(model).tying.num_independent == 2  # the newest part
+    assert len(parts_of(copy.deepcopy(model))) == 2
+
+
+def test_an_untied_copy_computes_the_same():
+    model = in_double()
+    for untied, number in ((ATTENTION, 2), (FEED_FORWARD, 3)):
+        layers = tie(model, "cycle", number, untied=untied)
+        with torch.no_grad():
+            for coefficients in layers.mix():
+                coefficients.add_(0.1)
+    plain = untied_copy(model)
+    assert not parts_of(plain)
+    assert TiedLayers(plain).tying == Tying.independent(6)
+    assert not any(name.endswith("_mixture") for name, _ in plain.named_parameters())
+    torch.testing.assert_close(logits(plain), logits(model))
+
+
+def test_policies_decide_over_parts():
+    model = in_double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    attention = DynamicTying(
+        model, optimizer, "random", total_steps=20, every=2, untied=ATTENTION, initial="none"
+    )
+    rest = DynamicTying(model, optimizer, "mixture", max_independent=3, untied=FEED_FORWARD)
+    losses = []
+    for _ in range(20):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        for tying in (attention, rest):
+            tying.step(loss)
+            tying.layers.verify()
+    assert losses[-1] < losses[0]
+    assert rest.tying == pattern("cycle", 6, 3)
+
+
+def test_a_part_that_cannot_be_tied_leaves_the_others_as_they_were():
+    model = in_double()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS}
+    tie(model, "cycle", 2, untied=ATTENTION, **options).mix()
+    before, expected = parts_of(model), logits(model)
+    with pytest.raises(InputError, match="from 1 to 6, got 7"):
+        tie(model, "cycle", 7, untied=FEED_FORWARD, **options)
+    assert parts_of(model) == before
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    assert TiedLayers(model).mixtures is not None
+
+
+def test_parts_overlap_neither_in_parameters_nor_in_modules():
+    model = in_double()
+    tie(model, "cycle", 2, untied=ATTENTION)
+    tie(model, "cycle", 3, untied=FEED_FORWARD)
+    with pytest.raises(InputError, match=r"tied in two parts, with untied=\['mlp"):
+        TiedLayers(model, untied=["ln_*"])
+    other = in_double()
+    tie(other, "cycle", 2, untied=["*.bias"])
+    with pytest.raises(InputError, match=r"ln_1 has parameters in two parts"):
+        tie(other, "cycle", 3, untied=["*.weight"])
