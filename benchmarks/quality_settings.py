@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Setting:
         sets: k, how many layers' parameters the shared methods and their rival have.
         rates: learning rates to choose from; the middle one is tried first.
         accuracy: whether the figure is an accuracy, to be maximised, and not a perplexity.
+        own: flags of single methods, which were tuned on validation (see the log).
         cut: writes the data into a folder, where they are a part of a text.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     sets: tuple[int, ...] = (3,)
     rates: tuple[float, float, float] = (1e-3, 2e-3, 4e-3)
     accuracy: bool = False
+    own: Mapping[str, Flags] = field(default_factory=dict)
     cut: Callable[[Path], None] | None = None
 
     @property
@@ -84,7 +86,7 @@ def methods_of(setting: Setting) -> dict[str, Flags]:
     methods["random"] = {"policy": "random", "settle": 0.5}
     methods["dqn"] = {"policy": "dqn"}
     methods[f"bandit-{k}"] = {"policy": "bandit", "budget_layers": k}
-    return methods
+    return {name: {**flags, **setting.own.get(name, {})} for name, flags in methods.items()}
 
 
 def command_of(setting: Setting, method: str) -> tuple[str, ...]:
@@ -168,11 +170,14 @@ SETTINGS: dict[str, Setting] = {
         sets=(3, 2, 4),
         cut=_part_of("wiki2", 5_500_000, 200_000),
     ),
-    "wiki2-wide": Setting(
-        "WikiText-2 as bytes: 12 layers x 96, rotary positions, 2,400 steps of 64 x 256 tokens",
-        {**LLAMA, "nhead": 3, "emsize": 96, "dataset": "wiki2", "tokenizer": "bytes"}
-        | {"bptt": 256, "batch_size": 64, "max_steps": 2400, "eval_every": 240, "save_every": 2400},
-        rates=(1.5e-3, 3e-3, 6e-3),
+    "wiki2-passes": Setting(
+        "300 KB of WikiText-2 as bytes, ten passes: GPT-2 of 12 layers x 128, 6,000 steps of 8 x "
+        "64 tokens; dropout and weight decay are tuned for each side",
+        {**LLAMA, "family": "gpt2", "nhead": 4, "emsize": 128, "tokenizer": "bytes", "bptt": 64}
+        | {"batch_size": 8, "max_steps": 6000, "eval_every": 500, "save_every": 3000},
+        rates=(5e-4, 1e-3, 2e-3),
+        own={"plain-12": {"dropout": 0.1}},
+        cut=_part_of("wiki2", 300_000, 100_000),
     ),
     "khop": Setting(
         "k-hop induction, up to six hops: 6 layers x 64, 8,000 steps of 32 x 49 fresh tokens",

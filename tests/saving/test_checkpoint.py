@@ -30,6 +30,7 @@ from layer_tying.saving.checkpoint import (
     unique_tensors,
 )
 from layer_tying.saving.training_state import (
+    at_home,
     copied_where_shared,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
@@ -157,6 +158,16 @@ def test_saving_copies_no_state_but_what_shares_memory(tmp_path):
     save_checkpoint(tmp_path / "c", nn.Linear(2, 2), TYING, step=0, config={}, training=training)
     found = read_checkpoint(tmp_path / "c").training_state()
     assert all(torch.equal(found[name], tensor) for name, tensor in training.items())
+
+
+@pytest.mark.parametrize("group", [{}, {"fused": True}, {"capturable": True}])
+def test_the_optimizers_state_goes_where_its_parameter_is(group):
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    assert at_home("exp_avg", torch.ones(3), parameter, group).device.type == "meta"
+    assert at_home("qmap", torch.ones(256), parameter, group).device.type == "meta"
+    expected = "meta" if group else "cpu"  # steps are counted on the CPU, but for such optimizers
+    assert at_home("step", torch.tensor(2.0), parameter, group).device.type == expected
+    assert at_home("name", "lion", parameter, group) == "lion"
 
 
 def test_random_numbers_of_a_mac_are_kept(monkeypatch):

@@ -31,7 +31,12 @@ from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 from layer_tying.saving.checkpoint import replace_folder, unique_tensors
 from layer_tying.saving.export import one_line
-from layer_tying.saving.training_state import join_tree, optimizer_state_by_name, split_tree
+from layer_tying.saving.training_state import (
+    at_home,
+    join_tree,
+    optimizer_state_by_name,
+    split_tree,
+)
 
 STATE = "state.json"
 MODEL, OPTIMIZER, TRAINING = "model/", "optimizer/", "training"  # how the tensors' names begin
@@ -200,8 +205,9 @@ def _set_optimizer_state(layers: TiedLayers, values: Mapping[str, Any]) -> None:
     parameters = dict(layers.stack.model.named_parameters())
     for optimizer in layers.optimizers:
         optimizer.state.clear()
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         for full_name, value in values.items():
             name, _, key = full_name.removeprefix(OPTIMIZER).rpartition("/")
-            if parameters[name] in held:
-                optimizer.state.setdefault(parameters[name], {})[key] = value
+            if (parameter := parameters[name]) in groups:
+                state = optimizer.state.setdefault(parameter, {})
+                state[key] = at_home(key, value, parameter, groups[parameter])

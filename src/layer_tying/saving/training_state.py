@@ -35,20 +35,26 @@ def load_optimizer_state_by_name(
     for name, state in states.items():
         parameter = parameters[name]
         group = groups[parameter]
-        counts_there = group.get("fused") or group.get("capturable")  # else steps stay on the CPU
         optimizer.state[parameter] = {
-            key: _at_home(value, parameter)
-            if isinstance(value, Tensor) and (key != "step" or counts_there)
-            else value
+            key: at_home(key, _like(value, parameter), parameter, group)
             for key, value in state.items()
         }
 
 
-def _at_home(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A value of the optimizer's state where its parameter is: on its device, in its rows."""
-    if is_sharded(parameter) and value.shape == parameter.shape and value.ndim:
-        return sharded_as(value, parameter)
-    return value.to(parameter.device)
+def at_home(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """A value of the optimizer's state on its parameter's device.
+
+    Counts of steps stay on the CPU, unless the parameter's group is of an optimizer that reads them
+    on the device.
+    """
+    is_counted_here = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return value if is_counted_here or not isinstance(value, Tensor) else value.to(parameter.device)
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    """Rows of a value that is whole, where the parameter holds rows."""
+    is_whole = isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
+    return sharded_as(value, parameter) if is_whole and is_sharded(parameter) else value
 
 
 def rng_state() -> dict[str, Any]:
