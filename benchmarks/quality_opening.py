@@ -99,7 +99,7 @@ def _accuracy(name: str, setting: Setting, groups: Groups) -> str:
         f"`{name}`: `{ours}` is right in {percent(ours)} with {share:.0%} of the parameters of "
         f"`{setting.deep}`, which is right in {percent(setting.deep)}; `{setting.rival}`, which "
         f"has as many parameters, is right in {percent(setting.rival)} "
-        f"(seeds: {len(groups[ours])})."
+        f"(seeds: {_seeds(groups, ours, setting.deep)})."
     )
 
 
@@ -118,8 +118,13 @@ def _perplexity(name: str, setting: Setting, groups: Groups) -> str:
         f"`{name}`: `{ours}` has {to_deep:.3f} times the perplexity of `{setting.deep}` with "
         f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
         f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
-        f"`{setting.rival}` and `{setting.deep}` (seeds: {len(groups[ours])})."
+        f"`{setting.rival}` and `{setting.deep}` (seeds: {_seeds(groups, ours, setting.deep)})."
     )
+
+
+def _seeds(groups: Groups, one: str, other: str) -> int:
+    """How many seeds both have: those that are compared."""
+    return len({r["seed"] for r in groups[one]} & {r["seed"] for r in groups[other]})
 
 
 def _time(name: str, ours: str, setting: Setting, groups: Groups) -> str:

@@ -90,9 +90,15 @@ def test_the_opening_says_who_wins_and_at_what_cost(timed):
     assert "0.812 times that of `plain-3`" in quality
     assert "0.956 times that of `sandwich-3, 1/n`" in quality
     assert "closes 75% of the gap" in quality
+    assert "(seeds: 1)" in quality  # those that both have
     # 3.25 is more than 3.0 * 1.05, and it passes 4.0 at the last validation, after 200 of 200 s
     assert "does not come within 5 %" in time
     assert "in 1.0 times its training time" in time
+
+
+def test_seeds_that_only_one_side_has_are_not_counted(timed):
+    quality = what_holds(settings_of([*timed, row("mixture-3", 3.3, seed=7)])).splitlines()[1]
+    assert "(seeds: 1)" in quality
 
 
 def test_nothing_is_said_of_times_that_were_not_measured(rows, tmp_path):
