@@ -159,3 +159,19 @@ def test_parts_overlap_neither_in_parameters_nor_in_modules():
     tie(other, "cycle", 2, untied=["*.bias"])
     with pytest.raises(InputError, match=r"ln_1 has parameters in two parts"):
         tie(other, "cycle", 3, untied=["*.weight"])
+
+
+def test_layers_that_were_changed_since_go_on_as_they_were_tied():
+    model = in_double()
+    mixtures = tie(model, "cycle", 2).mix()
+    with torch.no_grad():
+        for coefficients in mixtures:
+            coefficients.add_(0.1)
+    expected = logits(model)
+    model.transformer.h[0].extra = nn.Parameter(torch.ones(1))
+    with pytest.raises(InputError, match=r"extra is .* in one and absent in the other"):
+        TiedLayers(model)
+    layers = TiedLayers(model, untied=["extra"])
+    assert layers.mixtures is not None
+    assert len(parts_of(model)) == 1
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)

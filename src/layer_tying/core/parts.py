@@ -60,7 +60,7 @@ def settings_of_part(
     stack = stack_of(model, wanted)
     if not options.keys() & {*WHICH}:
         return replace(wanted, others=()), stack
-    overlapping = [part for part in parts_of(model) if _overlap(stack, stack_of(model, part))]
+    overlapping = [part for part in parts_of(model) if _overlaps(stack, part)]
     if len(overlapping) > 1:
         one, other = (list(part.untied) for part in overlapping[:2])
         raise InputError(
@@ -73,9 +73,10 @@ def settings_of_part(
 
 def other_parts(stack: LayerStack, settings: TyingSettings) -> dict[TyingSettings, LayerStack]:
     """The parts of a model that have nothing in common with this one."""
-    others = (part for part in parts_of(stack.model) if which(part) != which(settings))
-    stacks = {part: stack_of(stack.model, part) for part in others}
-    return {part: other for part, other in stacks.items() if not _overlap(stack, other)}
+    parts = parts_of(stack.model)
+    if [which(part) for part in parts] == [which(settings)]:
+        return {}
+    return {part: stack_of(stack.model, part) for part in parts if not _overlaps(stack, part)}
 
 
 def remember_part(stack: LayerStack, settings: TyingSettings) -> None:
@@ -89,17 +90,21 @@ def modules_of(stack: LayerStack) -> set[nn.Module]:
     return {module for slots in stack.slots for module, _ in slots.values()}
 
 
-def _overlap(one: LayerStack, other: LayerStack) -> bool:
-    """Whether two parts share any parameter.
+def _overlaps(stack: LayerStack, part: TyingSettings) -> bool:
+    """Whether these layers share a parameter that a part of the model shares.
 
     Raises:
         InputError: if they do not, and yet have a module in common.
     """
-    if not (common := modules_of(one) & modules_of(other)):
+    try:
+        other = stack_of(stack.model, part)
+    except InputError:
+        return True  # its layers have changed since they were tied: these are what became of them
+    if not (common := modules_of(stack) & modules_of(other)):
         return False
-    if _slots(one) & _slots(other):
+    if _slots(stack) & _slots(other):
         return True
-    name = next(name for name, module in one.model.named_modules() if module in common)
+    name = next(name for name, module in stack.model.named_modules() if module in common)
     raise InputError(
         f"{name} has parameters in two parts that are tied apart: leave all of them to one part, "
         f"or untied"
