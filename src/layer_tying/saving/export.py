@@ -108,8 +108,8 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
 
     Raises:
         InputError: if the folder cannot be written or holds the weights of a model in another
-            format, tensors share memory in another way than by being the same parameter, or layers
-            are still mixed or scaled that the model was tied without later.
+            format, tensors share memory in another way than by being the same parameter, or a
+            module is still mixed or scaled by an earlier tying that covered more of the model.
     """
     _check_recorded(model)
     _refuse_the_other_format(Path(folder), *PLAIN)
