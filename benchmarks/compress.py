@@ -14,7 +14,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -51,6 +51,7 @@ METHODS = [*OURS, *GROUPS, *RIVALS, SCRATCH]
 TIED = HealingSettings(sharing="tied")  # for rivals: nothing is mixed
 PROBES = 2
 SPLITS = ("validation", "test")
+BEFORE = [f"{split}{what}_before" for split in SPLITS for what in ("", "_accuracy")]
 
 
 def main() -> None:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     rows = [row for row in rows_so_far(options.output) if "error" not in row]
+    known = len(rows)
     cases = [*_gates(options), *_cases(options)]
     missing = [case for case in cases if not any(case.items() <= row.items() for row in rows)]
     runs = [run_of(options.folder, case) for case in missing]
@@ -74,15 +76,25 @@ def main() -> None:
     train_all(list(jobs.values()), options.processes, threads=1, resume=True)
 
     def measured(case: Case) -> Case:
-        row = in_a_process(__file__, {**case, "folder": str(options.folder)})
-        return {name: value for name, value in row.items() if name != "folder"}
+        more = {"folder": str(options.folder), "before": _scores_before(case, rows[known:])}
+        found = in_a_process(__file__, {**case, **more})
+        row = {name: value for name, value in found.items() if name not in more}
+        rows.append(row)  # at once, for the cases to come
+        return row
 
     with ThreadPoolExecutor(options.processes) as pool:
         for row in pool.map(measured, missing):
-            rows.append(row)
             write_results(options.output, rows)
             print(json.dumps(row), flush=True)
     print(write_page(options.output))
+
+
+def _scores_before(case: Case, rows: Iterable[Case]) -> Case:
+    """The teacher's scores, once they were measured for another case: they take minutes."""
+    for row in rows:
+        if row["teacher"] == case["teacher"] and "test_before" in row:
+            return {name: value for name, value in row.items() if name in BEFORE}
+    return {}
 
 
 def _gates(options: argparse.Namespace) -> Iterator[Case]:
@@ -136,7 +148,7 @@ def _healed(case: Case, folder: Path) -> Case:
     healing = Healing(teacher, student, reading, optimization, settings, outcome_of=outcome_of)
     healing.start_from(batches)
     deciding = time.perf_counter() - began
-    before = _scores(task, teacher, "_before")
+    before = case["before"] or _scores(task, teacher, "_before")
     tied = task.scores(student, "validation")["perplexity"]
     began = time.perf_counter()
     while healing.step < healing.num_steps:
