@@ -23,11 +23,12 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.layers import Layers
 from layer_tying.core.mixtures import check_mixable, refuse_schedulers
-from layer_tying.core.parts import settings_of_part
+from layer_tying.core.parts import own_residual_modules, settings_of_part
 from layer_tying.core.patterns import pattern
-from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
+from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import Options, tied_layers
 from layer_tying.core.tying import Rules, Tying
+from layer_tying.core.tying_settings import settings_of
 from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
@@ -147,13 +148,13 @@ class DynamicTying:
             check_mixable(layers.stack, start.num_independent)
         policy.reset(start, self.rules, self._num_decisions)
         divides = initial is None and policy.divides_initial_weights
-        outputs: Sequence[str] = ()
-        if divides:
+        modules: list[list[nn.Module]] = []
+        if divides:  # raises before anything has changed
             outputs = residual_outputs or _known_residual_outputs(layers.stack.model)
-            residual_modules(layers.stack, outputs)  # raises before anything has changed
+            modules = own_residual_modules(layers.stack, settings_of(layers.stack.model), outputs)
         layers.apply(start)
         if divides:
-            divide_initial_weights(layers.stack, start, outputs)
+            divide_initial_weights(start, modules)
         if policy.mixes:
             layers.mix()
 

@@ -149,16 +149,128 @@ def test_a_part_that_cannot_be_tied_leaves_the_others_as_they_were():
     assert TiedLayers(model).mixtures is not None
 
 
-def test_parts_overlap_neither_in_parameters_nor_in_modules():
+def test_parts_have_no_module_in_common():
+    model = in_double()
+    tie(model, "cycle", 2, untied=["*.bias"])
+    with pytest.raises(InputError, match=r"ln_1 has parameters in two parts"):
+        tie(model, "cycle", 3, untied=["*.weight"])
+
+
+def test_parts_become_one_again_unless_they_mix():
     model = in_double()
     tie(model, "cycle", 2, untied=ATTENTION)
+    tie(model, "cycle", 2, untied=FEED_FORWARD)
+    whole = tie(model, "cycle", 3, untied=[])
+    whole.verify()
+    assert len(parts_of(model)) == 1
+    mixing = in_double()
+    tie(mixing, "cycle", 2, untied=ATTENTION).mix()
+    tie(mixing, "cycle", 2, untied=FEED_FORWARD)
+    with pytest.raises(InputError, match="cannot become one part again"):
+        TiedLayers(mixing, untied=[])
+    assert len(parts_of(mixing)) == 2
+
+
+@pytest.mark.parametrize("way", ["mixed", "scaled"])
+def test_what_is_mixed_or_scaled_is_not_left_out_without_a_word(way):
+    model = in_double()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS} if way == "scaled" else {}
+    layers = tie(model, "cycle", 2, **options)
+    if way == "mixed":
+        layers.mix()
+    before, expected = parts_of(model), logits(model)
+    with pytest.raises(InputError, match=r"mlp.c_\w+ is mixed or scaled by the tying in force"):
+        TiedLayers(model, untied=ATTENTION)
+    assert parts_of(model) == before
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+def test_one_part_mixes_and_the_others_gradients_are_its_owners():
+    for order in ((ATTENTION, FEED_FORWARD), (FEED_FORWARD, ATTENTION)):
+        model = in_double()
+        for untied in order:
+            if untied is ATTENTION:
+                tie(model, "cycle", 2, untied=ATTENTION).mix()
+            else:
+                tie(model, "cycle", 3, untied=FEED_FORWARD, gradient="owner")
+        assert TiedLayers(model, untied=ATTENTION).mixtures is not None
+        assert TiedLayers(model, untied=FEED_FORWARD).settings.gradient == "owner"
+
+
+@pytest.mark.parametrize("change", ["another parameter", "a frozen one"])
+def test_a_part_whose_layers_are_no_longer_alike_keeps_its_scale(change):
+    model = in_double()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS}
+    tie(model, "all", untied=ATTENTION, **options)
+    rest = tie(model, "cycle", 3, untied=FEED_FORWARD, **options)
+    first = model.transformer.h[0].attn
+    if change == "another parameter":
+        first.extra = nn.Parameter(torch.ones(1))
+    else:
+        model.transformer.h[0].attn.c_attn = copy.deepcopy(first.c_attn).requires_grad_(False)
+    rest.apply(pattern("cycle", 6, 2))
+    assert len(parts_of(model)) == 2
+    x = torch.ones(1, 16, dtype=torch.double)
+    projection = model.transformer.h[3].attn.c_proj
+    torch.testing.assert_close(projection(x), (x @ projection.weight + projection.bias) / 6)
+
+
+def test_a_part_scales_whole_modules_and_the_other_leaves_them_alone():
+    model = in_double()
+    scaled = {"residual_scaling": 1.0, "residual_outputs": ["attn"]}
+    attention = tie(model, "all", untied=ATTENTION, **scaled)
+    expected = logits(model)
+    rest = tie(model, "none", untied=FEED_FORWARD)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    rest.apply(pattern("cycle", 6, 2))
+    attention.apply(pattern("cycle", 6, 2))
+    with pytest.raises(InputError, match=r"scale of .*attn cannot be put into its weights"):
+        untied_copy(model)
+
+
+def test_residual_outputs_that_no_part_holds_are_refused():
+    model = in_double()
+    options = {"residual_scaling": 1.0, "residual_outputs": OUTPUTS}
+    tie(model, "cycle", 2, untied=ATTENTION)
+    with pytest.raises(InputError, match=r"mlp.c_proj is one of the residual outputs, and not of"):
+        tie(model, "cycle", 3, untied=[*FEED_FORWARD, "mlp.c_proj.*"], **options)
+    assert len(parts_of(model)) == 1
+    model = in_double()
+    tie(model, "cycle", 2, untied=ATTENTION, **options)
     tie(model, "cycle", 3, untied=FEED_FORWARD)
-    with pytest.raises(InputError, match=r"tied in two parts, with untied=\['mlp"):
-        TiedLayers(model, untied=["ln_*"])
-    other = in_double()
-    tie(other, "cycle", 2, untied=["*.bias"])
-    with pytest.raises(InputError, match=r"ln_1 has parameters in two parts"):
-        tie(other, "cycle", 3, untied=["*.weight"])
+    with pytest.raises(InputError, match=r"mlp.c_proj is one of the residual outputs, and not of"):
+        TiedLayers(model, untied=[*FEED_FORWARD, "mlp.c_proj.*"])  # the first part's to scale, then
+
+
+def test_scaling_that_is_switched_off_is_off_for_what_is_not_shared_too():
+    model, plain = in_double(), in_double()
+    options = {"untied": ATTENTION, "residual_outputs": OUTPUTS}
+    tie(model, "cycle", 2, residual_scaling=1.0, **options)
+    TiedLayers(model, untied=ATTENTION, residual_scaling=0.0)
+    tie(plain, "cycle", 2, untied=ATTENTION)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0)
+
+
+def test_a_start_that_divides_weights_leaves_other_parts_alone():
+    model = in_double()
+    tie(model, "cycle", 3, untied=FEED_FORWARD)
+    before = model.transformer.h[0].mlp.c_proj.weight.detach().clone()
+    DynamicTying(model, None, "bandit", 100, untied=ATTENTION)
+    torch.testing.assert_close(model.transformer.h[0].mlp.c_proj.weight, before, rtol=0, atol=0)
+
+
+def test_what_names_a_part_is_taken_from_such_layers():
+    stacks = {
+        name: nn.ModuleList(
+            nn.ModuleDict({"n": nn.LayerNorm(4), "l": nn.Linear(4, 4)}) for _ in range(3)
+        )
+        for name in ("encoder", "decoder")
+    }
+    model = nn.ModuleDict(stacks)
+    tie(model, "all", layers="encoder", untied=["l.*"])
+    tie(model, "all", layers="decoder")
+    assert [part.untied for part in parts_of(model)] == [("l.*",), ()]
+    assert TiedLayers(model, layers="encoder").settings.untied == ("l.*",)
 
 
 def test_layers_that_were_changed_since_go_on_as_they_were_tied():

@@ -14,7 +14,7 @@ from built_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tolerance import assert_close
 
 from layer_tying.core.find import find_layers
-from layer_tying.core.residual_scale import divide_initial_weights
+from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
@@ -236,7 +236,7 @@ def test_scaled_shared_layers_add_as_much_together_as_one_layer_would(kind):
     models = build(kind), build(kind)
     layers = TiedLayers(models[1])
     outputs = residual_outputs(models[1].config.model_type)
-    divide_initial_weights(layers.stack, layers.tying, outputs)
+    divide_initial_weights(layers.tying, residual_modules(layers.stack, outputs))
     once, scaled = map(parameters_of_layers, models)
     uses = {0: 3, 2: 1}
     for layer, number in uses.items():
@@ -257,7 +257,7 @@ def test_what_a_layer_keeps_for_itself_is_divided_as_well():
     layers = TiedLayers(model, untied=["*bias"])
     for block in layers.stack.blocks:
         torch.nn.init.ones_(block.mlp.c_proj.bias)
-    divide_initial_weights(layers.stack, layers.tying, ["mlp.c_proj"])
+    divide_initial_weights(layers.tying, residual_modules(layers.stack, ["mlp.c_proj"]))
     uses = [len(layers.tying.groups[owner]) for owner in layers.tying.owners]
     found = [block.mlp.c_proj.bias for block in layers.stack.blocks]
     for bias, number in zip(found, uses, strict=True):
@@ -268,7 +268,7 @@ def test_scaling_names_what_a_layer_has_where_nothing_matches():
     layers = TiedLayers(build("gpt2"))
     before = {n: p.detach().clone() for n, p in layers.parameters(0).items()}
     with pytest.raises(InputError, match=r"h\.0 has no module named o_proj: .* out of ln_1, "):
-        divide_initial_weights(layers.stack, layers.tying, ["o_proj"])
+        residual_modules(layers.stack, ["o_proj"])
     assert all(torch.equal(p, before[n]) for n, p in layers.parameters(0).items())
 
 

@@ -6,19 +6,23 @@ leave untied. A model remembers the settings of every part. Two parts have no mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tying_settings import (
     TyingSettings,
     is_remembered,
     remember_settings,
     settings_of,
 )
+from layer_tying.core.weight_access import mixed_or_scaled
 from layer_tying.errors import InputError
 
 WHICH = ("layers", "untied", "by_kind")  # the settings that say which part is meant
@@ -54,21 +58,39 @@ def settings_of_part(
     What options leave out is as it was when that part was last tied, if it was.
 
     Raises:
-        InputError: if the layers cannot be found, or the part overlaps others.
+        InputError: if the layers cannot be found, or some of what was tied with them and is mixed
+            or scaled would be left out.
     """
-    wanted = settings_of(model).but(**options)
-    stack = stack_of(model, wanted)
     if not options.keys() & {*WHICH}:
-        return replace(wanted, others=()), stack
+        settings = replace(settings_of(model).but(**options), others=())
+        return settings, stack_of(model, settings)
+    named = _named(model, {name: options[name] for name in WHICH if name in options})
+    stack = stack_of(model, TyingSettings().but(**named))
     overlapping = [part for part in parts_of(model) if _overlaps(stack, part)]
-    if len(overlapping) > 1:
-        one, other = (list(part.untied) for part in overlapping[:2])
-        raise InputError(
-            f"these layers were tied in two parts, with untied={one} and with untied={other}: name "
-            f"one of them"
-        )
-    before = overlapping[0] if overlapping else TyingSettings()
-    return before.but(**which(wanted)).but(**options), stack
+    _refuse_to_leave_out(stack, overlapping)
+    before = overlapping[-1] if overlapping else TyingSettings()
+    return before.but(**named).but(**options), stack
+
+
+def _named(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name a part, where some are given: the others are those of such layers."""
+    layers = TyingSettings().but(**given).layers
+    parts = [p for p in parts_of(model) if "layers" not in given or p.layers == layers]
+    return {**which(parts[-1] if parts else TyingSettings()), **given}
+
+
+def _refuse_to_leave_out(stack: LayerStack, overlapping: Sequence[TyingSettings]) -> None:
+    """What is not named any more would go on being mixed or scaled, and no settings say so."""
+    stacks = [found for part in overlapping if (found := _found(stack.model, part))]
+    left_out = set().union(*map(modules_of, stacks)) - modules_of(stack)
+    for name, module in mixed_or_scaled(stack.model).items():
+        if module in left_out:
+            raise InputError(
+                f"{name} is mixed or scaled by the tying in force, and untied=... would leave it "
+                f"out: name the parameters that were tied together"
+            )
+    if len(overlapping) > 1 and any(part.mixes for part in overlapping):
+        raise InputError("parts of the layers mix their weights: they cannot become one part again")
 
 
 def other_parts(stack: LayerStack, settings: TyingSettings) -> dict[TyingSettings, LayerStack]:
@@ -76,7 +98,8 @@ def other_parts(stack: LayerStack, settings: TyingSettings) -> dict[TyingSetting
     parts = parts_of(stack.model)
     if [which(part) for part in parts] == [which(settings)]:
         return {}
-    return {part: stack_of(stack.model, part) for part in parts if not _overlaps(stack, part)}
+    found = {part: _found(stack.model, part) for part in parts if not _overlaps(stack, part)}
+    return {part: other for part, other in found.items() if other}
 
 
 def remember_part(stack: LayerStack, settings: TyingSettings) -> None:
@@ -90,15 +113,65 @@ def modules_of(stack: LayerStack) -> set[nn.Module]:
     return {module for slots in stack.slots for module, _ in slots.values()}
 
 
+def modules_of_no_other(stack: LayerStack, settings: TyingSettings) -> Iterator[nn.Module]:
+    """The modules of a part's layers but those whose weights another part shares."""
+    others = other_parts(stack, settings).values()
+    for module in chain.from_iterable(block.modules() for block in stack.blocks):
+        if not any(holds(part, module) for part in others):
+            yield module
+
+
+def holds(stack: LayerStack, module: nn.Module) -> bool:
+    """Whether a part shares weights of this module, or of one within it."""
+    return not modules_of(stack).isdisjoint(module.modules())
+
+
+def own_residual_modules(
+    stack: LayerStack, settings: TyingSettings, outputs: Sequence[str]
+) -> list[list[nn.Module]]:
+    """For each layer the residual outputs that are a part's to scale: those that no other holds."""
+    others = other_parts(stack, settings).values()
+    return [
+        [module for module in mine if not any(holds(part, module) for part in others)]
+        for mine in residual_modules(stack, outputs)
+    ]
+
+
+def check_residual_outputs(stack: LayerStack, settings: TyingSettings) -> None:
+    """Check that it is clear which of several parts scales each residual output.
+
+    Raises:
+        InputError: if one of them is not of exactly one part.
+    """
+    others = other_parts(stack, settings)
+    stacks = {**others, settings: stack}
+    for part, its_stack in stacks.items() if others else ():
+        outputs = part.residual_outputs if part.residual_scaling else ()
+        for module in chain(*residual_modules(its_stack, outputs)) if outputs else ():
+            if sum(holds(each, module) for each in stacks.values()) != 1:
+                name = next(name for name, each in stack.model.named_modules() if each is module)
+                raise InputError(
+                    f"{name} is one of the residual outputs, and not of exactly one of the parts "
+                    f"of the layers that are tied apart: name others in residual_outputs"
+                )
+
+
+def _found(model: nn.Module, part: TyingSettings) -> LayerStack | None:
+    """The layers of a part, even if some are no longer like the others; None if there are none."""
+    for by_kind in (part.by_kind, True):
+        with contextlib.suppress(InputError):
+            return find_layers(model, part.layers, part.untied, by_kind)
+    return None
+
+
 def _overlaps(stack: LayerStack, part: TyingSettings) -> bool:
     """Whether these layers share a parameter that a part of the model shares.
 
     Raises:
         InputError: if they do not, and yet have a module in common.
     """
-    try:
-        other = stack_of(stack.model, part)
-    except InputError:
+    other = _found(stack.model, part)
+    if other is None:
         return True  # its layers have changed since they were tied: these are what became of them
     if not (common := modules_of(stack) & modules_of(other)):
         return False

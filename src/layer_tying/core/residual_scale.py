@@ -42,15 +42,15 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
     return found
 
 
-def divide_initial_weights(stack: LayerStack, tying: Tying, outputs: Sequence[str]) -> None:
+def divide_initial_weights(tying: Tying, modules: Sequence[Sequence[nn.Module]]) -> None:
     """Divide the weights of the residual outputs by the number of layers that use them.
 
     For weights that have just been drawn: it changes what the model computes.
 
-    Raises:
-        InputError: if a layer has no module of such a name; then nothing has changed.
+    Args:
+        tying: of the layers.
+        modules: each layer's, as ``residual_modules`` gives them.
     """
-    modules = residual_modules(stack, outputs)
     for users in tying.groups.values():
         # What a layer keeps for itself, such as a bias that is not tied, is divided as well.
         of_the_group = {p: None for layer in users for m in modules[layer] for p in m.parameters()}

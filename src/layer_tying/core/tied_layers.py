@@ -24,7 +24,7 @@ from layer_tying.core.distributed import held_here
 from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
-from layer_tying.core.residual_scale import factors, residual_modules
+from layer_tying.core.residual_scale import factors
 from layer_tying.core.tying import Rules, Tying, storage_sources
 from layer_tying.core.tying_settings import (
     forget_settings,
@@ -97,19 +97,16 @@ class TiedLayers:
     ) -> None:
         self.settings, self.stack = parts.settings_of_part(model, options)
         settings = self.settings
+        parts.check_residual_outputs(self.stack, settings)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
-        self._residual_modules: list[list[nn.Module]] = []
-        if settings.residual_scaling:
-            self._residual_modules = residual_modules(self.stack, settings.residual_outputs)
+        self._residual_modules = self._own_residual_modules()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
         self._states = [OptimizerState(each) for each in optimizers]
         self._remove_from_optimizers()
         self._add_to_optimizers()
         self.mixtures = self._mixtures() if settings.mixes else None
-        if not settings.residual_scaling:  # modules without parameters may be scaled from before
-            modules = chain.from_iterable(block.modules() for block in self.stack.blocks)
-            read_as_they_are(module for module in modules if not module._parameters)
+        read_as_they_are(parts.modules_of_no_other(self.stack, settings))
         self._set_weight_access()
         parts.remember_part(self.stack, settings)
 
@@ -285,13 +282,17 @@ class TiedLayers:
                 read_detached(slots)
         if self.mixtures:
             self.mixtures.set_weight_access()
+        self._residual_modules = self._own_residual_modules()  # another part may hold some by now
         scales = factors(self.tying, self.settings.residual_scaling)
-        others = parts.other_parts(self.stack, self.settings).values()
-        elsewhere = set().union(*map(parts.modules_of, others))
         for modules, factor in zip(self._residual_modules, scales, strict=False):
             for module in modules:
-                if module not in elsewhere:
-                    scale_output(module, factor)
+                scale_output(module, factor)
+
+    def _own_residual_modules(self) -> list[list[nn.Module]]:
+        if not self.settings.residual_scaling:
+            return []
+        outputs = self.settings.residual_outputs
+        return parts.own_residual_modules(self.stack, self.settings, outputs)
 
 
 def tie(

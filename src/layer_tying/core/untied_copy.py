@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layer_tying.core.find import MIXTURE
-from layer_tying.core.parts import parts_of, which
+from layer_tying.core.parts import parts_of, stack_of, which
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, forget_settings
@@ -27,8 +27,8 @@ def untied_copy(model: nn.Module) -> nn.Module:
         InputError: if what is scaled is more than one linear map, so that weights cannot show it.
     """
     copied = copy.deepcopy(model)
-    parts = [which(part) for part in parts_of(copied) or [TyingSettings()]]
-    stacks = [TiedLayers(copied, **part).stack for part in parts]
+    parts = parts_of(copied) or [TyingSettings()]
+    stacks = [stack_of(copied, part) for part in parts]
     as_read = {name: w.clone() for stack in stacks for name, w in weights_as_read(stack)}
     read_as_they_are(copied.modules())
     for module in copied.modules():
@@ -36,7 +36,7 @@ def untied_copy(model: nn.Module) -> nn.Module:
             del module._parameters[name]
     forget_settings(copied)
     for part in parts:
-        layers = TiedLayers(copied, **part)
+        layers = TiedLayers(copied, **which(part))
         layers.apply(Tying.independent(layers.tying.num_layers))
     forget_settings(copied)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from layer_tying.core.find import find_layers
 from layer_tying.core.frozen_layers import FrozenLayers
 from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.mixtures import FACTOR_KEY
-from layer_tying.core.residual_scale import divide_initial_weights
+from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.batches import rows_of_rank
@@ -102,7 +102,7 @@ class Trainer:
         )
         if tying.shared_init == "scaled":
             stack = find_layers(self.model, untied=tying.untied_names)
-            divide_initial_weights(stack, start, self._residual_outputs())
+            divide_initial_weights(start, residual_modules(stack, self._residual_outputs()))
         self.model.config.use_cache = False
         choose_attention(self.model, optimization.precision, self.config.data.bptt)
         if optimization.checkpointing:

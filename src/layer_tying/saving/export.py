@@ -170,7 +170,7 @@ def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What layers compute with where that is not what is stored; of a sharded model, on rank 0."""
     if not (changed := mixed_or_scaled(model)):
         return {}
-    stacks = [stack_of(model, part) for part in parts_of(model)]
+    stacks = [stack_of(model, part) for part in parts_of(model) or [TyingSettings()]]
     blocks = [block for stack in stacks for block in stack.blocks]
     _check_among(changed, {module for block in blocks for module in block.modules()})
     is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
