@@ -273,6 +273,14 @@ def test_what_names_a_part_is_taken_from_such_layers():
     assert TiedLayers(model, layers="encoder").settings.untied == ("l.*",)
 
 
+def test_a_list_that_was_found_and_is_named_later_is_the_same():
+    model = in_double()
+    tie(model, "cycle", 2, untied=["ln_*"])
+    layers = TiedLayers(model, layers="transformer.h")
+    assert layers.settings.untied == ("ln_*",)
+    assert len(parts_of(model)) == 1
+
+
 def test_layers_that_were_changed_since_go_on_as_they_were_tied():
     model = in_double()
     mixtures = tie(model, "cycle", 2).mix()

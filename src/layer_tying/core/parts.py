@@ -74,9 +74,17 @@ def settings_of_part(
 
 def _named(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that name a part, where some are given: the others are those of such layers."""
-    layers = TyingSettings().but(**given).layers
-    parts = [p for p in parts_of(model) if "layers" not in given or p.layers == layers]
+    parts = parts_of(model)
+    if layers := given.get("layers"):
+        lists = {layers} if isinstance(layers, str) else {*layers}
+        parts = [part for part in parts if _lists_of(model, part) == lists]
     return {**which(parts[-1] if parts else TyingSettings()), **given}
+
+
+def _lists_of(model: nn.Module, part: TyingSettings) -> set[str]:
+    """The names of the lists of layers that a part is of."""
+    found = _found(model, part)
+    return {name.rpartition(".")[0] for name in found.names} if found else set()
 
 
 def _refuse_to_leave_out(stack: LayerStack, overlapping: Sequence[TyingSettings]) -> None:
