@@ -22,7 +22,8 @@ from layer_tying.compression.settings import (
     SearchSettings,
     settled,
 )
-from layer_tying.core.find import LayerStack, find_layers
+from layer_tying.core.find import LayerStack
+from layer_tying.core.parts import stack_of
 from layer_tying.core.tied_layers import Options
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.untied_copy import untied_copy
@@ -101,8 +102,7 @@ def compress(
 
 
 def _stack_of(model: nn.Module, options: Options) -> LayerStack:
-    chosen = TyingSettings().but(**options)
-    return find_layers(model, chosen.layers, chosen.untied, chosen.by_kind)
+    return stack_of(model, TyingSettings().but(**options))
 
 
 def _untied(model: nn.Module, options: Options) -> nn.Module:

@@ -14,8 +14,9 @@ from layer_tying.compression.closed_form import start_from_closed_form
 from layer_tying.compression.grouping import Reading
 from layer_tying.compression.outcome import OutcomeOf, divergence
 from layer_tying.compression.settings import HealingSettings
-from layer_tying.core.find import MIXTURE, find_layers
+from layer_tying.core.find import MIXTURE
 from layer_tying.core.mixtures import FACTOR_KEY
+from layer_tying.core.parts import stack_of
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.runs.config import OptimizationConfig
@@ -106,8 +107,7 @@ class Healing:
     def start_from(self, batches: Sequence[Any]) -> None:
         """Set what mixtures start from, where that is to be computed on some batches."""
         if self.settings.start == "closed-form":
-            found = self.layers.settings
-            stack = find_layers(self.teacher, found.layers, found.untied, found.by_kind)
+            stack = stack_of(self.teacher, self.layers.settings)
             start_from_closed_form(self.layers, stack, batches, self._outcome_of)
 
     def train_step(self, batch: Any) -> Progress:

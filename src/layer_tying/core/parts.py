@@ -66,9 +66,11 @@ def settings_of_part(
         return settings, stack_of(model, settings)
     named = _named(model, {name: options[name] for name in WHICH if name in options})
     stack = stack_of(model, TyingSettings().but(**named))
-    overlapping = [part for part in parts_of(model) if _overlaps(stack, part)]
-    _refuse_to_leave_out(stack, overlapping)
-    before = overlapping[-1] if overlapping else TyingSettings()
+    found = {part: _found(model, part) for part in parts_of(model)}
+    # Layers that are not found have changed since they were tied: these are what became of them.
+    same = {part: other for part, other in found.items() if not other or _overlap(stack, other)}
+    _refuse_to_leave_out(stack, same)
+    before = [*same][-1] if same else TyingSettings()
     return before.but(**named).but(**options), stack
 
 
@@ -87,17 +89,18 @@ def _lists_of(model: nn.Module, part: TyingSettings) -> set[str]:
     return {name.rpartition(".")[0] for name in found.names} if found else set()
 
 
-def _refuse_to_leave_out(stack: LayerStack, overlapping: Sequence[TyingSettings]) -> None:
+def _refuse_to_leave_out(
+    stack: LayerStack, before: Mapping[TyingSettings, LayerStack | None]
+) -> None:
     """What is not named any more would go on being mixed or scaled, and no settings say so."""
-    stacks = [found for part in overlapping if (found := _found(stack.model, part))]
-    left_out = set().union(*map(modules_of, stacks)) - modules_of(stack)
+    left_out = set().union(*map(modules_of, filter(None, before.values()))) - modules_of(stack)
     for name, module in mixed_or_scaled(stack.model).items():
         if module in left_out:
             raise InputError(
                 f"{name} is mixed or scaled by the tying in force, and untied=... would leave it "
                 f"out: name the parameters that were tied together"
             )
-    if len(overlapping) > 1 and any(part.mixes for part in overlapping):
+    if len(before) > 1 and any(part.mixes for part in before):
         raise InputError("parts of the layers mix their weights: they cannot become one part again")
 
 
@@ -106,8 +109,8 @@ def other_parts(stack: LayerStack, settings: TyingSettings) -> dict[TyingSetting
     parts = parts_of(stack.model)
     if [which(part) for part in parts] == [which(settings)]:
         return {}
-    found = {part: _found(stack.model, part) for part in parts if not _overlaps(stack, part)}
-    return {part: other for part, other in found.items() if other}
+    found = {part: _found(stack.model, part) for part in parts}
+    return {part: other for part, other in found.items() if other and not _overlap(stack, other)}
 
 
 def remember_part(stack: LayerStack, settings: TyingSettings) -> None:
@@ -146,17 +149,16 @@ def own_residual_modules(
 
 
 def check_residual_outputs(stack: LayerStack, settings: TyingSettings) -> None:
-    """Check that it is clear which of several parts scales each residual output.
+    """Check that there are residual outputs, each of them of one part only, where there are several.
 
     Raises:
-        InputError: if one of them is not of exactly one part.
+        InputError: if a layer has none, or one of them is not of exactly one part.
     """
     others = other_parts(stack, settings)
     stacks = {**others, settings: stack}
-    for part, its_stack in stacks.items() if others else ():
-        outputs = part.residual_outputs if part.residual_scaling else ()
-        for module in chain(*residual_modules(its_stack, outputs)) if outputs else ():
-            if sum(holds(each, module) for each in stacks.values()) != 1:
+    for part in (each for each in stacks if each.residual_scaling):
+        for module in chain(*residual_modules(stacks[part], part.residual_outputs)):
+            if others and sum(holds(each, module) for each in stacks.values()) != 1:
                 name = next(name for name, each in stack.model.named_modules() if each is module)
                 raise InputError(
                     f"{name} is one of the residual outputs, and not of exactly one of the parts "
@@ -172,15 +174,12 @@ def _found(model: nn.Module, part: TyingSettings) -> LayerStack | None:
     return None
 
 
-def _overlaps(stack: LayerStack, part: TyingSettings) -> bool:
-    """Whether these layers share a parameter that a part of the model shares.
+def _overlap(stack: LayerStack, other: LayerStack) -> bool:
+    """Whether two parts of a model share any parameter.
 
     Raises:
         InputError: if they do not, and yet have a module in common.
     """
-    other = _found(stack.model, part)
-    if other is None:
-        return True  # its layers have changed since they were tied: these are what became of them
     if not (common := modules_of(stack) & modules_of(other)):
         return False
     if _slots(stack) & _slots(other):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import nn
@@ -100,7 +99,6 @@ class TiedLayers:
         parts.check_residual_outputs(self.stack, settings)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
-        self._residual_modules = self._own_residual_modules()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
         self._states = [OptimizerState(each) for each in optimizers]
         self._remove_from_optimizers()
@@ -282,17 +280,14 @@ class TiedLayers:
                 read_detached(slots)
         if self.mixtures:
             self.mixtures.set_weight_access()
-        self._residual_modules = self._own_residual_modules()  # another part may hold some by now
+        if not self.settings.residual_scaling:
+            return
         scales = factors(self.tying, self.settings.residual_scaling)
-        for modules, factor in zip(self._residual_modules, scales, strict=False):
+        outputs = self.settings.residual_outputs
+        found = parts.own_residual_modules(self.stack, self.settings, outputs)
+        for modules, factor in zip(found, scales, strict=True):
             for module in modules:
                 scale_output(module, factor)
-
-    def _own_residual_modules(self) -> list[list[nn.Module]]:
-        if not self.settings.residual_scaling:
-            return []
-        outputs = self.settings.residual_outputs
-        return parts.own_residual_modules(self.stack, self.settings, outputs)
 
 
 def tie(
@@ -339,7 +334,6 @@ def tied_layers(
     try:
         yield layers
     except BaseException:
-        read_as_they_are(chain.from_iterable(layers._residual_modules))
         parts.remember_part(stack, of_part)
         TiedLayers(model)  # lets them read their weights as before
         forget_settings(model)

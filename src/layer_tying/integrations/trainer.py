@@ -32,6 +32,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from layer_tying.core import distributed
 from layer_tying.core.averaging import are_layers_left_to_us, leave_layers_to_us
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
+from layer_tying.core.parts import WHICH
 from layer_tying.core.weight_access import weights_as_read
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
@@ -102,7 +103,7 @@ class DynamicTyingCallback(TrainerCallback):
     ) -> None:
         """Before the Trainer wraps the model: see to it that DDP leaves the layers to us."""
         if args.world_size > 1:
-            which = {k: v for k, v in self._options.items() if k in ("layers", "untied", "by_kind")}
+            which = {k: v for k, v in self._options.items() if k in WHICH}
             leave_layers_to_us(find_layers(at_hand["model"], **which))
 
     def on_train_begin(
