@@ -149,7 +149,7 @@ def own_residual_modules(
 
 
 def check_residual_outputs(stack: LayerStack, settings: TyingSettings) -> None:
-    """Check that there are residual outputs, each of them of one part only, where there are several.
+    """Check that there are residual outputs, each of them of one part, if there are several.
 
     Raises:
         InputError: if a layer has none, or one of them is not of exactly one part.
