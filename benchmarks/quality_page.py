@@ -57,7 +57,6 @@ WHAT = {  # by the prefix of a method's name
     "is called unscaled; with half the layers there are L/2 of them.",
     "random": "`random` changes the tying at random for the first half of the steps.",
     "dqn": "`dqn` is the paper's agent.",
-    "bandit": "`bandit-k` moves the borders between k groups.",
 }
 
 

@@ -20,7 +20,6 @@ KINDS = {  # prefix of a method -> name, marker, colour (of Okabe and Ito)
     "narrow": ("conventional, of half the width", "D", "#000000"),
     "low": ("conventional, of low rank", "v", "#000000"),
     "mixture": ("learned mixtures", "*", "#D55E00"),
-    "bandit": ("bandit", "^", "#CC79A7"),
     "dqn": ("the paper's agent", "X", "#0072B2"),
     "random": ("random changes", "P", "#56B4E9"),
     "": ("fixed patterns", "o", "#009E73"),

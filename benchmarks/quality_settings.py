@@ -83,7 +83,6 @@ def methods_of(setting: Setting) -> dict[str, Flags]:
     methods["narrow"] = {"policy": "none", "emsize": setting.flags["emsize"] // 2}
     methods["random"] = {"policy": "random", "settle": 0.5}
     methods["dqn"] = {"policy": "dqn"}
-    methods[f"bandit-{k}"] = {"policy": "bandit", "budget_layers": k}
     return methods
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tiny_models import Plain, gpt2, gpt_neo, loss_of
+from tiny_models import FromLosses, Plain, gpt2, gpt_neo, loss_of
 from torch import nn
 
 from layer_tying.core.tied_layers import TiedLayers, tie
@@ -139,7 +139,7 @@ def test_all_means_one_layer_of_each_kind():
         ({"gradient": "mean"}, "gradient is"),
         (
             {"policy": "best"},
-            "unknown policy 'best'; the known ones are dqn, bandit, mixture, random",
+            "unknown policy 'best'; the known ones are dqn, mixture, random",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_it_trains_torchs_own_transformer_encoder(gradient):
 class Run:
     """A training run that can be saved and gone on with: model, optimizer, tying."""
 
-    def __init__(self, make_model, policy: str, seed: int, **options) -> None:
+    def __init__(self, make_model, make_policy, seed: int, **options) -> None:
         torch.manual_seed(seed)
         self.model = make_model()
         parameters = list(self.model.parameters())
@@ -204,9 +204,8 @@ class Run:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2)
-        self.tying = DynamicTying(
-            self.model, self.optimizer, policy, 16, every=2, seed=seed, **options
-        )
+        policy = make_policy(seed=seed)
+        self.tying = DynamicTying(self.model, self.optimizer, policy, 16, every=2, **options)
 
     def train(self, first: int, last: int) -> list:
         history = []
@@ -235,9 +234,9 @@ class Run:
 
 
 CASES = [
-    ("dqn", {"gradient": "sum"}),
-    ("dqn", {"gradient": "owner"}),
-    ("bandit", {"residual_outputs": ["feed_forward.1", "attention", "attn.c_proj", "mlp.c_proj"]}),
+    (DQN, {"gradient": "sum"}),
+    (DQN, {"gradient": "owner"}),
+    (FromLosses, {}),
 ]
 
 
@@ -288,20 +287,11 @@ def test_a_policy_cannot_break_the_rules():
 # What a policy brings by its name
 
 
-def weights_before(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def test_the_bandit_brings_start_scaling_rewards_and_settling():
+def test_a_policy_that_learns_from_training_losses_gets_their_means_and_settles():
     torch.manual_seed(0)
     model = gpt2(6)
-    before = weights_before(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tying = DynamicTying(model, optimizer, "bandit", total_steps=40, every=2)
-    assert tying.tying == Tying((0, 1, 1, 1, 1, 5))
-    for layer, num_uses in ((0, 1), (1, 4), (5, 1)):
-        name = f"transformer.h.{layer}.mlp.c_proj.weight"
-        torch.testing.assert_close(dict(model.named_parameters())[name], before[name] / num_uses)
+    tying = DynamicTying(model, optimizer, FromLosses(), total_steps=40, every=2)
     decisions, losses = [], []
     for step in range(40):
         loss = loss_of(model, step)
@@ -317,14 +307,6 @@ def test_the_bandit_brings_start_scaling_rewards_and_settling():
     assert [d.previous_reward for d in decisions[1:]] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("initial", ["none", "keep", Tying((0, 1, 1, 1, 1, 5))])
-def test_weights_that_are_gone_on_with_are_not_divided(initial):
-    model = gpt2(6)
-    before = weights_before(model)
-    DynamicTying(model, None, "bandit", total_steps=40, every=2, initial=initial)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 def test_a_model_whose_residual_outputs_are_unknown_names_them():
     model = Plain()
     with pytest.raises(InputError, match=r"residual_outputs names the modules .* out of norm, att"):
@@ -338,10 +320,9 @@ def test_a_model_whose_residual_outputs_are_unknown_names_them():
 
 
 def test_a_policy_that_learns_from_losses_asks_for_them():
-    tying = DynamicTying(gpt2(), None, "bandit", total_steps=100)
-    with pytest.raises(
-        InputError, match=r"Bandit learns from the training losses: call step\(loss\)"
-    ):
+    tying = DynamicTying(gpt2(), None, FromLosses(), total_steps=100)
+    says = r"FromLosses learns from the training losses: call step\(loss\)"
+    with pytest.raises(InputError, match=says):
         tying.step()
 
 

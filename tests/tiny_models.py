@@ -5,8 +5,16 @@ import transformers
 from torch import nn
 
 from layer_tying.core.tying import Tying
+from layer_tying.policies.dqn import DQN
 
 transformers.logging.set_verbosity_error()
+
+
+class FromLosses(DQN):
+    """An agent that learns from the training losses, and settles."""
+
+    reward = "training_loss"
+    settles = 0.5
 
 
 class Block(nn.Module):

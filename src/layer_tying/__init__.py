@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from layer_tying.dynamic import Decision, DynamicTying
     from layer_tying.integrations.trainer import DynamicTyingCallback
     from layer_tying.policies import POLICIES
-    from layer_tying.policies.bandit import Bandit
     from layer_tying.policies.base import Policy
     from layer_tying.policies.dqn import DQN
     from layer_tying.policies.simple import RandomPolicy, Schedule
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DQN",
     "POLICIES",
-    "Bandit",
     "Decision",
     "DynamicTying",
     "DynamicTyingCallback",
@@ -61,7 +59,6 @@ __all__ = [
 
 # Where they live. torch and transformers take seconds to import: only those who use them wait.
 _HOME = {
-    "Bandit": "policies.bandit",
     "DQN": "policies.dqn",
     "Decision": "dynamic",
     "DynamicTying": "dynamic",

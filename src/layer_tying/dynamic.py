@@ -23,12 +23,10 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
 from layer_tying.core.layers import Layers
 from layer_tying.core.mixtures import check_mixable, refuse_schedulers
-from layer_tying.core.parts import own_residual_modules, settings_of_part
+from layer_tying.core.parts import settings_of_part
 from layer_tying.core.patterns import pattern
-from layer_tying.core.residual_scale import divide_initial_weights
 from layer_tying.core.tied_layers import Options, tied_layers
 from layer_tying.core.tying import Rules, Tying
-from layer_tying.core.tying_settings import settings_of
 from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError
 from layer_tying.models.families import FAMILIES
@@ -77,7 +75,6 @@ class DynamicTying:
     ) -> None:
         refuse_sharded(model)
         policy = make_policy(policy, seed=seed) if isinstance(policy, str) else policy
-        options.setdefault("inherit", policy.inherit)
         if initial is None and policy.residual_scaling:
             options.setdefault("residual_scaling", policy.residual_scaling)
         wanted, _ = settings_of_part(model, options)
@@ -89,7 +86,7 @@ class DynamicTying:
                 refuse_schedulers(layers.optimizers)
                 layers.settings.but(mixes=True)  # raises before anything has changed
             self._prepare(layers, policy, total_steps, every, max_independent)
-            self._start_from(initial, options.get("residual_outputs"))
+            self._start_from(initial)
         if distributed.world_size() > 1:
             self._averaging = GradientAveraging(layers.stack, layers.optimizers)
 
@@ -137,9 +134,7 @@ class DynamicTying:
         self._waiting: tuple[Tying, Action, Tying] | None = None  # a decision without its reward
         self._losses: list[Tensor] = []  # of the steps since the last decision
 
-    def _start_from(
-        self, initial: str | Tying | None, residual_outputs: Sequence[str] | None = None
-    ) -> None:
+    def _start_from(self, initial: str | Tying | None) -> None:
         """Check the tying to start from, then bring the layers to it."""
         layers, policy = self.layers, self.policy
         start = self._tying_of(initial)
@@ -147,14 +142,7 @@ class DynamicTying:
         if policy.mixes:
             check_mixable(layers.stack, start.num_independent)
         policy.reset(start, self.rules, self._num_decisions)
-        divides = initial is None and policy.divides_initial_weights
-        modules: list[list[nn.Module]] = []
-        if divides:  # raises before anything has changed
-            outputs = residual_outputs or _known_residual_outputs(layers.stack.model)
-            modules = own_residual_modules(layers.stack, settings_of(layers.stack.model), outputs)
         layers.apply(start)
-        if divides:
-            divide_initial_weights(start, modules)
         if policy.mixes:
             layers.mix()
 

@@ -30,7 +30,7 @@ FEW_STEPS = (*SMALL, "--max-steps", "12", "--every", "4", "--save-every", "6")
 SECOND_SAVE = ("save", 2)  # when one checkpoint is there
 
 
-HIDDEN = ("inherit", "tyings", "settled")
+HIDDEN = ("tyings", "settled")
 FLAGS = {name: name.replace("_", "-") for name in SETTINGS if name not in HIDDEN}
 FLAGS |= {"source": "from"}
 
@@ -109,7 +109,6 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
         "source": {"policy": "fixed"},
         "permute": {"policy": "recorded", "source": "runs/a"},
         "activate_at": {"policy": "all"},
-        "layer_price": {"policy": "bandit"},
         "sharing": {"policy": "dqn"},
     }
     values = {
@@ -121,7 +120,7 @@ def values_of(name: str) -> tuple[dict[str, Any], Any]:
             "optimizer_state": "fresh",
             "initial": "cycle",
         },
-        **{"shared_init": "plain", "settle": 0.25, "layer_price": 0.5, "export_dtype": "bf16"},
+        **{"settle": 0.25, "export_dtype": "bf16"},
         **{"reward": "accuracy", "precision": "fp32", "log_with": "mlflow", "dropout": 0.5},
         **{"warmup": 0.5, "final_lr": 0.5, "weight_decay": 0.5, "clip": 0.5, "lr": 0.5},
         **{"checkpointing": True, "compile": True, "parallel": "shard"},
@@ -159,11 +158,9 @@ def test_older_spellings_go_on_working(monkeypatch):
     monkeypatch.setattr(
         experiments, "_train_and_report", lambda config, _: asked.append(config) or 0
     )
-    main(["train", "--moments", "fresh", "--shared-init", "damped"])
-    main(["train", "--optimizer-state", "fresh", "--shared-init", "scaled"])
-    assert (
-        asked[0] == asked[1] == TrainConfig.from_flat(optimizer_state="fresh", shared_init="scaled")
-    )
+    main(["train", "--moments", "fresh"])
+    main(["train", "--optimizer-state", "fresh"])
+    assert asked[0] == asked[1] == TrainConfig.from_flat(optimizer_state="fresh")
 
 
 def test_a_saved_configuration_is_a_start_and_flags_go_on_top(here):
@@ -253,13 +250,13 @@ def test_what_is_compared_without_a_choice(compared):
 
 
 def test_a_comparison_hands_the_number_of_groups_to_those_that_take_one(compared):
-    policies = "none,all,dqn,bandit,cycle,mixture,sandwich-4"
+    policies = "none,all,dqn,cycle,mixture,sandwich-4"
     flags = ["--groups", "3", "--gradient", "owner", "--settle", "0.3", "--reward", "perplexity"]
     assert main(["compare", "--policies", policies, *flags]) == 3
     found = {name: config.tying.groups for name, config in compared.items()}
-    taken = {"bandit": 3, "cycle": 3, "mixture": 3, "sandwich-4": 4}
+    taken = {"cycle": 3, "mixture": 3, "sandwich-4": 4}
     assert found == {"none": None, "all": None, "dqn": None, **taken}
-    assert {name for name, config in compared.items() if config.tying.settle} == {"dqn", "bandit"}
+    assert {name for name, config in compared.items() if config.tying.settle} == {"dqn"}
     sums = [name for name, config in compared.items() if config.tying.gradient == "sum"]
     assert sums == ["mixture"]
 
@@ -364,11 +361,11 @@ WRONG = {
     "missing-file": (("train", "--dataset", "no/such.txt"), "no/such.txt"),
     "settle-mixture": (
         ("train", "--policy", "mixture", "--settle", "0.5"),
-        "settle: --settle goes with dqn, bandit, random, not with policy mixture",
+        "settle: --settle goes with dqn, random, not with policy mixture",
     ),
     "reward-random": (
         ("train", "--policy", "random", "--reward", "perplexity"),
-        "reward: --reward goes with dqn, bandit, not with policy random",
+        "reward: --reward goes with dqn, not with policy random",
     ),
     "empty-file": (("train", "--dataset", "empty.txt"), "empty.txt: the file is empty"),
     "binary-file": (("train", "--dataset", "binary.txt"), "binary.txt: binary file"),
@@ -445,8 +442,7 @@ def test_a_folder_without_permission(here):
         ("plain-3", {"policy": "none", "nlayers": 3}),
         ("cycle-reverse", {"policy": "cycle-reverse"}),
         ("cycle-reverse-4", {"policy": "cycle-reverse", "groups": 4}),
-        ("mixture-2", {"policy": "mixture", "initial": "cycle", "groups": 2}),
-        ("bandit-3", {"policy": "bandit", "initial": "sandwich", "groups": 3}),
+        ("mixture-2", {"policy": "mixture", "groups": 2}),
     ],
 )
 def test_a_method_of_a_comparison_is_a_policy_with_its_groups(name, settings):

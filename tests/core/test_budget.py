@@ -177,7 +177,7 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("policy", ["random", "dqn", "bandit"])
+@pytest.mark.parametrize("policy", ["random", "dqn"])
 def test_a_run_never_exceeds_its_budget(policy, folder, tmp_path, capsys):
     free = small(folder, nlayers=6, policy=policy, log_every=1, every=2, eval_every=24)
     # two layers of the six in fp16: 16-wide layers have 3,280 parameters, the rest about 5,000

@@ -91,13 +91,13 @@ def test_a_part_changes_and_the_other_stays():
 
 def test_what_a_part_was_tied_with_is_remembered_for_it():
     model = in_double()
-    tie(model, "cycle", 2, untied=ATTENTION, inherit="majority").mix()
+    tie(model, "cycle", 2, untied=ATTENTION, optimizer_state="fresh").mix()
     rest = tie(model, "cycle", 3, untied=FEED_FORWARD)
     assert rest.mixtures is None  # the options of one part are not those of the other
-    assert rest.settings.inherit == "first"
+    assert rest.settings.optimizer_state == "copy"
     again = TiedLayers(model, untied=ATTENTION)
     assert again.mixtures is not None
-    assert again.settings.inherit == "majority"
+    assert again.settings.optimizer_state == "fresh"
     assert TiedLayers(model).tying.num_independent == 2  # the newest part
     assert len(parts_of(copy.deepcopy(model))) == 2
 
@@ -249,14 +249,6 @@ def test_scaling_that_is_switched_off_is_off_for_what_is_not_shared_too():
     TiedLayers(model, untied=ATTENTION, residual_scaling=0.0)
     tie(plain, "cycle", 2, untied=ATTENTION)
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0)
-
-
-def test_a_start_that_divides_weights_leaves_other_parts_alone():
-    model = in_double()
-    tie(model, "cycle", 3, untied=FEED_FORWARD)
-    before = model.transformer.h[0].mlp.c_proj.weight.detach().clone()
-    DynamicTying(model, None, "bandit", 100, untied=ATTENTION)
-    torch.testing.assert_close(model.transformer.h[0].mlp.c_proj.weight, before, rtol=0, atol=0)
 
 
 def test_what_names_a_part_is_taken_from_such_layers():

@@ -254,38 +254,6 @@ def test_weights_are_loaded_through_any_of_their_names():
     assert_storage_is(other, Tying((0, 0, 2, 2, 2, 0)))
 
 
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 6))
-@settings(max_examples=30)
-def test_a_group_goes_on_with_what_most_of_its_layers_used(seed, num_before, num_after):
-    rng = random.Random(seed)
-    model = Plain()
-    optimizer = torch.optim.AdamW(model.parameters())
-    layers = TiedLayers(model, optimizer, inherit="majority")
-    num_layers = layers.tying.num_layers
-    before = Tying.from_labels([rng.randrange(num_before) for _ in range(num_layers)])
-    layers.apply(before)
-    fake_step(optimizer, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for owner in before.independent_layers:
-            for parameter in layers.parameters(owner).values():
-                parameter.fill_(owner)
-                optimizer.state[parameter]["exp_avg"].fill_(owner)
-    after = Tying.from_labels([rng.randrange(num_after) for _ in range(num_layers)])
-    layers.apply(after)
-    layers.verify()
-    for owner, members in after.groups.items():
-        used = [before.owners[member] for member in members]
-        expected = max(used, key=lambda old: (used.count(old), -used.index(old)))
-        for parameter in layers.parameters(owner).values():
-            assert (parameter == expected).all()
-            assert (optimizer.state[parameter]["exp_avg"] == expected).all()
-
-
-def test_an_unknown_way_to_inherit_is_refused():
-    with pytest.raises(InputError, match="inherit is 'first' or 'majority', got 'last'"):
-        TiedLayers(Plain(), inherit="last")
-
-
 def test_training_goes_on_where_memory_ran_out_for_one_of_the_copies(monkeypatch):
     """The layers that could not be untied stay tied, and the optimizer holds what there is."""
     model = Plain()

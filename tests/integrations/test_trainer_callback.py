@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import Plainest, gpt2, llama, tokens
+from tiny_models import FromLosses, Plainest, gpt2, llama, tokens
 from tiny_trainer import (
     STEPS,
     Sequences,
@@ -44,7 +44,7 @@ CASES = {
     "budget": ({"max_independent": 2, "gradient": "owner"}, {"optim": "adafactor"}),
     "accumulation": ({}, {"optim": "sgd", "gradient_accumulation_steps": 2, "bf16": True}),
     "not transformers": ({}, {"make": Plainest}),
-    "bandit": ({"policy": "bandit"}, {"make": llama, "gradient_accumulation_steps": 2}),
+    "losses": ({}, {"make": llama, "gradient_accumulation_steps": 2}),
     "mixture": ({"policy": "mixture"}, {"warmup_steps": 3, "weight_decay": 0.1}),
 }
 
@@ -54,6 +54,8 @@ def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     options, changes = CASES[name]
 
     def fresh() -> DynamicTyingCallback:
+        if name == "losses":
+            return callback(policy=FromLosses(seed=3))
         return callback(**options, seed=3)
 
     whole = trainer(tmp_path / "whole", fresh(), **changes)
@@ -68,11 +70,11 @@ def test_interrupted_and_resumed_equals_never_interrupted(name, tmp_path):
     owners = [entry["tying"] for entry in history(whole) if entry["tying"]]
     if name == "mixture":
         assert owners == [[0, 1, 0, 1, 0, 1]], "it decides nothing"
-    elif name == "bandit":
+    elif name == "losses":
         assert len(owners) == 1 + STEPS // 2 // 2, "half of the run is settled"
     else:
         assert len(owners) == STEPS // 2 + 1 and len({tuple(o) for o in owners}) > 3
-    kind = "tying_previous_reward" if name == "bandit" else "tying_reward"
+    kind = "tying_previous_reward" if name == "losses" else "tying_reward"
     rewards = [entry for entry in history(whole) if entry[kind] is not None]
     assert bool(rewards) == (name not in ("random, pretrained", "mixture"))
 
@@ -328,7 +330,7 @@ def test_a_conventional_run_is_tied_from_where_it_is_resumed(tmp_path):
     assert isinstance(ours.dynamic, DynamicTying)
 
 
-@pytest.mark.parametrize("policy", ["bandit", "random", "mixture"])
+@pytest.mark.parametrize("policy", [FromLosses(), "random", "mixture"])
 def test_evaluations_are_no_reward_for_policies_that_do_not_learn_from_them(policy):
     with pytest.raises(InputError, match="reward='eval_loss' is for policies that learn"):
         DynamicTyingCallback(policy, reward="eval_loss")
@@ -352,6 +354,6 @@ def test_of_several_evaluation_sets_the_first_is_the_reward(tmp_path):
 
 
 def test_a_policy_that_learns_from_training_losses_needs_the_models(tmp_path):
-    run = trainer(tmp_path, callback(policy="bandit"), label_smoothing_factor=0.1)
+    run = trainer(tmp_path, callback(policy=FromLosses()), label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="label_smoothing_factor"):
         run.train()

@@ -8,18 +8,24 @@ from typing import Any
 import pytest
 import torch
 from many_processes import on_ranks
-from tiny_models import gpt2
+from tiny_models import FromLosses, gpt2
 from tiny_trainer import callback, history, moments, trainer, weights
 
 from layer_tying import DynamicTyingCallback, InputError
 from layer_tying.core import distributed
+from layer_tying.policies.base import Policy
 
 GLOBAL_BATCH = 4
 Outcome = tuple[list[dict], dict[str, torch.Tensor], dict]
 
 
 def run_trainer(
-    folder: Path, stop_at: int | None, resume: bool, policy: str, accumulate: int, **changes: Any
+    folder: Path,
+    stop_at: int | None,
+    resume: bool,
+    policy: str | Policy,
+    accumulate: int,
+    **changes: Any,
 ) -> Outcome:
     logging.disable(logging.WARNING)  # that random states are of another number of processes
     shares = distributed.world_size() * accumulate
@@ -35,7 +41,7 @@ def run_trainer(
     return history(run), {n: p.clone() for n, p in weights(run).items()}, state
 
 
-def on_one(folder: Path, policy: str = "dqn", accumulate: int = 1) -> Outcome:
+def on_one(folder: Path, policy: str | Policy = "dqn", accumulate: int = 1) -> Outcome:
     (outcome,) = on_ranks(1, run_trainer, folder, None, False, policy, accumulate)
     return outcome
 
@@ -52,7 +58,7 @@ def assert_followed(ranks: list[Outcome], one: Outcome) -> None:
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize(("policy", "accumulate"), [("dqn", 1), ("bandit", 2), ("mixture", 2)])
+@pytest.mark.parametrize(("policy", "accumulate"), [("dqn", 1), (FromLosses(), 2), ("mixture", 2)])
 def test_the_trainer_on_two_processes_follows_one(tmp_path, policy, accumulate):
     one = on_one(tmp_path / "one", policy, accumulate)
     ranks = on_ranks(2, run_trainer, tmp_path / "two", None, False, policy, accumulate)

@@ -14,7 +14,7 @@ from built_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tolerance import assert_close
 
 from layer_tying.core.find import find_layers
-from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
+from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
@@ -228,40 +228,6 @@ def test_a_tied_start_allocates_one_block_and_not_all():
     growth, _, total = untied
     assert total == others + 24 * block
     assert growth > 24 * block
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert-causal", "vit"])
-def test_scaled_shared_layers_add_as_much_together_as_one_layer_would(kind):
-    """With the same draws, only what writes to the residual stream differs, by the uses."""
-    models = build(kind), build(kind)
-    layers = TiedLayers(models[1])
-    outputs = residual_outputs(models[1].config.model_type)
-    divide_initial_weights(layers.tying, residual_modules(layers.stack, outputs))
-    once, scaled = map(parameters_of_layers, models)
-    uses = {0: 3, 2: 1}
-    for layer, number in uses.items():
-        quotients = {
-            name: (once[layer][name].abs().sum() / p.abs().sum()).item()
-            for name, p in scaled[layer].items()
-            if p.ndim > 1
-        }
-        assert sorted(set(np.round(list(quotients.values()), 4))) == sorted({1.0, number})
-        divided = [name for name, quotient in quotients.items() if quotient > 1.5]
-        assert len(divided) == (2 if number > 1 else 0)
-        rows = [scaled[layer][name].shape[-1 if kind == "gpt2" else 0] for name in divided]
-        assert rows == [32] * len(divided)  # those that map to the residual stream's width
-
-
-def test_what_a_layer_keeps_for_itself_is_divided_as_well():
-    model = build("gpt2", untied=["*bias"])
-    layers = TiedLayers(model, untied=["*bias"])
-    for block in layers.stack.blocks:
-        torch.nn.init.ones_(block.mlp.c_proj.bias)
-    divide_initial_weights(layers.tying, residual_modules(layers.stack, ["mlp.c_proj"]))
-    uses = [len(layers.tying.groups[owner]) for owner in layers.tying.owners]
-    found = [block.mlp.c_proj.bias for block in layers.stack.blocks]
-    for bias, number in zip(found, uses, strict=True):
-        assert bias.tolist() == pytest.approx([1 / number] * len(bias))
 
 
 def test_scaling_names_what_a_layer_has_where_nothing_matches():

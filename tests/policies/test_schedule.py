@@ -95,17 +95,6 @@ def test_a_replayed_run_computes_what_the_recorded_one_did(folder):
     assert ours[last] == theirs[last]
 
 
-def test_a_replay_of_our_agent_starts_scaled_and_inherits_as_it_did(folder):
-    shape = {"nlayers": 6, "every": 1, "seed": 6}
-    train(small(folder, exp="bandit", policy="bandit", layer_price=0.0, settle=0.0, **shape))
-    train(replay(folder, exp="again", **shape, source=str(folder / "runs/bandit")))
-    train(replay(folder, exp="once more", **shape, source=str(folder / "runs/again")))
-    assert len({str(state) for _, state in states_of(folder, "bandit")}) > 1, "nothing to replay"
-    first, *others = (traces_of(folder / "runs" / exp) for exp in ("bandit", "again", "once more"))
-    last = "step-00000024/model.safetensors"
-    assert all(other[last] == first[last] for other in others)
-
-
 def test_a_permuted_replay_ties_moved_layers_at_the_same_steps(folder):
     train(replay(folder, exp="permuted", permute=0))
     places = np.random.default_rng(0).permutation(4).tolist()

@@ -384,26 +384,6 @@ def test_q_is_drawn_lower_triangular_with_its_greedy_choices(tmp_path):
     assert greedy.tolist() == [[np.argmax(row), i] for i, row in enumerate(first)]
 
 
-def test_the_bandits_worths_are_drawn_and_come_first(tmp_path):
-    better = {"validation_perplexity": 10.0}
-    papers, ours = (
-        write_run(tmp_path / policy, policy, summary=summary)
-        for policy, summary in (("dqn", None), ("bandit", better))
-    )
-    worths = [0.0, 0.5, 0.02, -0.01, 0.0, 0.03, 0.0, 0.1]
-    rows = [[0.0] * i + [worth] for i, worth in enumerate(worths)]
-    start = {"step": 0, "state": [0, 1, 1, 1, 1, 1, 1, 7]}
-    write_lines(ours / "tying.jsonl", [start, {"step": 1, "state": start["state"], "q": rows}])
-    (line,) = figures_agent.draw_worths(read_run(ours)).axes[0].lines
-    assert line.get_xdata().tolist() == list(range(1, 8))
-    assert line.get_ydata().tolist() == worths[1:]
-    page, *pictures = write_report([papers, ours], tmp_path / "report.html")
-    assert {path.stem for path in pictures} >= {"worths", "q_values"}
-    text = "".join(Page(page.read_text("utf-8")).text)
-    assert "validation perplexity, bandit" in text
-    assert text.index("What each layer is worth") < text.index("The Q-network’s matrix")
-
-
 def test_coefficients_are_drawn_at_three_validations_with_their_leaders(tmp_path):
     folder = write_run(tmp_path / "run", "cycle", num_layers=3)
     rng = np.random.default_rng(0)

@@ -71,25 +71,20 @@ def usual(**settings) -> dict:
 def test_the_default_is_our_agent_on_data_that_are_always_there():
     config = usual()
     assert (config["policy"], config["dataset"]) == ("mixture", "pydocs")
-    assert (config["shared_init"], config["residual_scaling"]) == ("plain", 1.0)
+    assert config["residual_scaling"] == 1.0
     assert TrainConfig().folder == Path("runs/run")
 
 
 @pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
 def test_nothing_is_scaled_that_is_not_drawn_and_shared(settings):
-    assert usual(policy="bandit", **settings)["shared_init"] == "plain"
-
-
-def test_the_bandit_scales_initial_weights_and_settles():
-    config = usual(policy="bandit")
-    assert (config["inherit"], config["shared_init"]) == ("majority", "scaled")
-    assert (config["reward"], config["settle"]) == ("training-loss", 0.5)
+    policy = "dqn" if "sharing" in settings else "mixture"
+    assert usual(policy=policy, **settings)["residual_scaling"] == 0.0
 
 
 def test_the_papers_agent_is_the_papers():
     config = usual(policy="dqn")
-    assert (config["inherit"], config["reward"]) == ("first", "log-perplexity")
-    assert (config["settle"], config["shared_init"]) == (0.0, "plain")
+    assert (config["reward"], config["settle"]) == ("log-perplexity", 0.0)
+    assert config["residual_scaling"] == 0.0
 
 
 REFUSED = [
@@ -127,11 +122,8 @@ REFUSED = [
     ({"source": "runs/a"}, "mixture"),
     ({"budget_bytes": 0}, "0"),
     ({"sharing": "frozen", "budget_layers": 2}, "a budget"),
-    ({"shared_init": "scaled", "sharing": "frozen", "policy": "dqn"}, "frozen"),
-    ({"shared_init": "scaled", "policy": "dqn", "initial": "frozen"}, "frozen"),
-    ({"shared_init": "scaled", "task": "sst2", "source": "a-run"}, "task"),
     *[({"policy": name, "groups": 3}, name) for name in ("dqn", "random", "none", "all", "repeat")],
-    ({"policy": "bandit", "groups": 3, "initial": "all"}, "from all"),
+    ({"policy": "dqn", "groups": 3, "initial": "all"}, "from all"),
     ({"policy": "cycle", "groups": 3, "initial": "sequence"}, "--initial"),
     *[({"init_std": value}, str(value)) for value in (0.0, math.inf, math.nan)],
     ({"permute": 0}, "mixture"),
@@ -211,8 +203,8 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
         },
         **{"precision": "bf16", "checkpointing": True, "compile": True, "max_steps": 500},
         **{"dropout": 0.1, "warmup": 0.1, "final_lr": 0.2, "nhead": 2, "weight_decay": 0.2},
-        **{"eval_every": 7, "eval_batches": 7, "seed": 1, "inherit": "first"},
-        **{"optimizer": "adamw8bit", "settle": 0.25, "shared_init": "plain", "tyings": ("0,0",)},
+        **{"eval_every": 7, "eval_batches": 7, "seed": 1},
+        **{"optimizer": "adamw8bit", "settle": 0.25, "tyings": ("0,0",)},
         **{"budget_layers": 2, "budget_parameters": 2, "budget_bytes": 2, "export_dtype": "bf16"},
         "residual_scaling": 0.5,
         "parallel": "shard",
@@ -224,7 +216,6 @@ def test_every_setting_but_places_and_reporting_makes_another_experiment(name):
         "source": ({"policy": "fixed", "source": "runs/a"}, "runs/b"),
         "permute": ({"policy": "recorded", "source": "runs/a"}, 0),
         "activate_at": ({"policy": "all"}, 0.5),
-        "layer_price": ({"policy": "bandit"}, 0.5),
         "sharing": ({"policy": "dqn"}, "frozen"),
         "task": ({"task": "rte", "source": "runs/a", "dataset": "glue"}, "cola"),
     }
@@ -277,7 +268,7 @@ def test_changes_to_a_saved_configuration_settle_anew_what_was_left_open():
 
 def test_what_came_from_another_run_stays_unless_it_is_another_one():
     replay = TrainConfig.from_flat(policy="recorded", source="runs/a")
-    replay = settle(replay, tyings=("0,0", "0,1"), inherit="majority", settle=0.0)
+    replay = settle(replay, tyings=("0,0", "0,1"), settle=0.0)
     kept = with_changes(replay, seed=3)
     assert (kept.tying.tyings, kept.tying.settle) == (("0,0", "0,1"), None)
     assert with_changes(replay, source="runs/b").tying.tyings == ()

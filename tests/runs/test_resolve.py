@@ -43,13 +43,13 @@ def test_a_replay_does_not_need_the_run_that_it_replays(here):
 
 
 def test_nothing_that_has_a_default_is_open_in_the_config_of_a_run(here):
-    config = small(here, policy="bandit", nlayers=6, max_steps=None, epochs=1, precision="auto")
+    config = small(here, policy="mixture", nlayers=6, max_steps=None, epochs=1, precision="auto")
     config = config.replace(eval_every=None, save_every=None)
     resolved = trainer_of(config).config.flat()
     settled = ("max_steps", "eval_every", "save_every", "precision", "reward", "settle")
-    for name in (*settled, "shared_init", "inherit", "tyings"):
+    for name in (*settled, "tyings"):
         assert resolved[name] not in OPEN, name
-    assert resolved["tyings"] == ("0,1,1,1,1,5",)
+    assert resolved["tyings"] == ("0,1,0,1,0,1",)
     assert set(resolved["settled"]) >= {*settled}
 
 
@@ -88,9 +88,7 @@ def test_a_mixture_has_as_many_sets_as_it_is_asked_for(here, groups, owners):
     assert "".join(map(str, trainer.layers.tying.owners)) == owners
 
 
-def test_the_bandit_and_a_named_start_have_as_many_groups_as_they_are_asked_for(here):
-    trainer = trainer_of(small(here, policy="bandit", nlayers=8, groups=4))
-    assert trainer.layers.tying.owners == (0, 1, 1, 1, 4, 4, 4, 7)
+def test_a_named_start_has_as_many_groups_as_it_is_asked_for(here):
     trainer = trainer_of(small(here, policy="random", initial="cycle", nlayers=8, groups=3))
     assert trainer.layers.tying.owners == (0, 1, 2, 0, 1, 2, 0, 1)
 

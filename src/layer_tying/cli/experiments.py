@@ -16,7 +16,6 @@ from layer_tying.core.patterns import PATTERNS
 from layer_tying.data.glue import TASKS
 from layer_tying.errors import InputError
 from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
-from layer_tying.policies import POLICIES as RECORDS
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.processes import Job, train_all
@@ -168,8 +167,6 @@ def _method(name: str) -> dict[str, Any]:
         return {"policy": name}
     if policy == "plain":  # conventional training of fewer layers: the rival of equal parameters
         return {"policy": "none", "nlayers": int(number)}
-    if policy in DECIDING:
-        return {"policy": policy, "initial": RECORDS[policy].start, "groups": int(number)}
     return {"policy": policy, "groups": int(number)}
 
 
@@ -183,7 +180,7 @@ def _left_out(policy: str, initial: str) -> dict[str, Any]:
     tying = set(POLICIES) - {"none"}  # conventional training has no budget
     belong = {
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
-        **{"layer_price": ("bandit",), "activate_at": tying - {*DECIDING, "recorded"}},
+        "activate_at": tying - {*DECIDING, "recorded"},
         "groups": {name for name in POLICIES if takes_groups(name, initial)},
         **{"initial": DECIDING, "settle": SETTLING, "reward": LEARNING},
         "gradient": {*POLICIES} - {"mixture"},

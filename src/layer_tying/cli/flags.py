@@ -32,7 +32,6 @@ ALIASES = {
     "max_steps": ("--steps",),
     "optimizer_state": ("--moments",),
 }
-OLD_VALUES = {"damped": "scaled"}
 
 
 def parse(kind: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
@@ -136,14 +135,13 @@ def reader(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
     (kind,) = [each for each in alternatives(hint) if each is not type(None)]
     choices = tuple(choice for choice in get_args(kind) if choice)
     read = str if choices else kind
-    older = tuple(old for old, new in OLD_VALUES.items() if new in choices)
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
-        instance_from_str=lambda strings: read(OLD_VALUES.get(strings[0], strings[0])),
+        instance_from_str=lambda strings: read(strings[0]),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
-        choices=(*choices, *older) or None,
+        choices=choices or None,
     )
 
 

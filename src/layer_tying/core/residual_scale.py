@@ -1,8 +1,8 @@
 """1/n residual scaling: what layers that share weights add to the residual stream.
 
 The outputs of n layers that share weights are alike, and their sum grows with n, where that of n
-independent layers grows with the square root of n. Dividing by n keeps the sum in bounds, either in
-the initial weights or, which a training run cannot undo, in each forward pass.
+independent layers grows with the square root of n. Dividing by n in each forward pass keeps the sum
+in bounds; dividing the initial weights instead does so for a while only, and gained less.
 """
 
 from __future__ import annotations
@@ -40,22 +40,6 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
             )
         found.append(mine)
     return found
-
-
-def divide_initial_weights(tying: Tying, modules: Sequence[Sequence[nn.Module]]) -> None:
-    """Divide the weights of the residual outputs by the number of layers that use them.
-
-    For weights that have just been drawn: it changes what the model computes.
-
-    Args:
-        tying: of the layers.
-        modules: each layer's, as ``residual_modules`` gives them.
-    """
-    for users in tying.groups.values():
-        # What a layer keeps for itself, such as a bias that is not tied, is divided as well.
-        of_the_group = {p: None for layer in users for m in modules[layer] for p in m.parameters()}
-        for parameter in of_the_group:
-            parameter.data /= len(users)
 
 
 def factors(tying: Tying, power: float) -> list[float]:

@@ -55,7 +55,6 @@ class Options(TypedDict, total=False):
     by_kind: bool
     gradient: Literal["sum", "owner"]
     optimizer_state: Literal["copy", "fresh"]
-    inherit: Literal["first", "majority"]
     residual_scaling: float
     residual_outputs: Sequence[str]
 
@@ -74,8 +73,8 @@ class TiedLayers:
         optimizer: the optimizer of the model's parameters (or several, or none). Its
             ``param_groups`` and ``state`` are kept in step.
         options: ``layers``, ``untied``, ``by_kind``, ``gradient``, ``optimizer_state``,
-            ``inherit``, ``residual_scaling`` and ``residual_outputs``: see ``TyingSettings``. What
-            is left out is as it was when these layers were last tied, if they were.
+            ``residual_scaling`` and ``residual_outputs``: see ``TyingSettings``. What is left out
+            is as it was when these layers were last tied, if they were.
 
     Attributes:
         tying: the tying in force.
@@ -126,10 +125,10 @@ class TiedLayers:
         """Change to another tying, as one transition from the weights in use now.
 
         A layer that becomes independent goes on from the weights it used: the model computes the
-        same function, unless others join it and ``inherit`` is ``"majority"``, or 1/n residual
-        scaling has another n. A layer that is tied drops its own weights, gradient and optimizer
-        state. What is dropped is freed before anything is copied, and nothing is copied that could
-        be taken over: memory never rises above the larger of before and after.
+        same function, unless 1/n residual scaling has another n. A layer that is tied drops its own
+        weights, gradient and optimizer state. What is dropped is freed before anything is copied,
+        and nothing is copied that could be taken over: memory never rises above the larger of
+        before and after.
 
         Call it between optimizer steps, with gradients cleared.
 
@@ -152,7 +151,7 @@ class TiedLayers:
                 "load_state_dict(assign=True), to_empty() and a second TiedLayers do that"
             )
         self._remove_from_optimizers()
-        sources = storage_sources(self.tying, tying, self.settings.inherit)
+        sources = storage_sources(self.tying, tying)
         old = {source: self.parameters(source) for source, _ in sources.values()}
         self.drop_optimizer_state(self._layers_that_lose_state(sources))
         for layer, owner in enumerate(tying.owners):

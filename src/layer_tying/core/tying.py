@@ -11,11 +11,9 @@ of the paper (David-Hay and Wolf, ICLR 2024) turns it into the next tying::
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Literal
 
 from layer_tying.errors import InputError
 
@@ -168,11 +166,10 @@ class Rules:
             )
 
 
-def storage_sources(
-    old: Tying, new: Tying, inherit: Literal["first", "majority"] = "first"
-) -> dict[int, tuple[int, bool]]:
+def storage_sources(old: Tying, new: Tying) -> dict[int, tuple[int, bool]]:
     """Where each independent layer of ``new`` finds its weights in the storage of ``old``.
 
+    A group of layers goes on with the weights that its first layer used, as in the paper.
     Of all the new owners that come from one old storage, one takes it over as it is (the old owner
     itself where it stays independent, else the lowest) and the others copy it, so nothing is copied
     that could be kept.
@@ -180,25 +177,14 @@ def storage_sources(
     Args:
         old: the tying in force.
         new: the one to come.
-        inherit: which weights a group of layers goes on with: those that its ``first`` layer used
-            (what the paper does), or those that the ``majority`` of its layers used (where equally
-            many used several, those of the first of them).
 
     Returns:
         For each independent layer of ``new``: the old owner, and whether a copy is needed.
     """
-    wanted = {
-        owner: old.owners[owner] if inherit == "first" else _most_common(old, layers)
-        for owner, layers in new.groups.items()
-    }
+    wanted = {owner: old.owners[owner] for owner in new.independent_layers}
     sources: dict[int, tuple[int, bool]] = {}
     taken: set[int] = set()
     for layer in sorted(wanted, key=lambda i: (wanted[i] != i, i)):
         sources[layer] = (wanted[layer], wanted[layer] in taken)
         taken.add(wanted[layer])
     return dict(sorted(sources.items()))
-
-
-def _most_common(tying: Tying, layers: Sequence[int]) -> int:
-    """The owner of most of these layers; of several, the one that comes first."""
-    return Counter(tying.owners[layer] for layer in layers).most_common(1)[0][0]

@@ -16,10 +16,10 @@ from torch import nn
 from layer_tying.errors import InputError
 
 ATTRIBUTE = "_layer_tying"  # of the model; plain data, so that copies and pickles have it too
+RETIRED = ("inherit",)  # options that older checkpoints and exports have
 CHOICES = {
     "gradient": ("sum", "owner"),
     "optimizer_state": ("copy", "fresh"),
-    "inherit": ("first", "majority"),
 }
 
 
@@ -38,8 +38,6 @@ class TyingSettings:
             weight gradients of all other positions.
         optimizer_state: the optimizer state of a newly independent layer: a ``"copy"`` of its
             owner's, or ``"fresh"``.
-        inherit: the weights a group of layers goes on with when the tying changes: those that its
-            ``"first"`` layer used (the paper's rule), or the ``"majority"`` of its layers.
         residual_scaling: the power p of 1/n residual scaling: what a layer adds to the residual
             stream is multiplied by 1/n^p in the forward pass, where n layers use its weights.
         residual_outputs: name patterns of the modules within a layer whose output is added to the
@@ -58,7 +56,6 @@ class TyingSettings:
     by_kind: bool = False
     gradient: Literal["sum", "owner"] = "sum"
     optimizer_state: Literal["copy", "fresh"] = "copy"
-    inherit: Literal["first", "majority"] = "first"
     residual_scaling: float = 0.0
     residual_outputs: tuple[str, ...] = ()
     mixes: bool = False
@@ -106,6 +103,7 @@ class TyingSettings:
             InputError: if one has another name.
         """
         known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in values.items() if name not in RETIRED}
         if odd := sorted(set(values) - known):
             raise InputError(f"not the settings of a tying: {odd[0]} is none of {sorted(known)}")
         tuples: dict[str, Any] = {

@@ -34,9 +34,6 @@ class PolicyRecord:
 
 POLICIES = {
     "dqn": PolicyRecord("dqn:DQN", "the paper's agent: a Q-network, epsilon-greedy"),
-    "bandit": PolicyRecord(
-        "bandit:Bandit", "moves the borders of groups of neighbouring layers", "sandwich"
-    ),
     "mixture": PolicyRecord(
         "mixture:Mixture",
         "learns mixtures of shared weights by gradient",

@@ -53,11 +53,7 @@ class Policy:
         reward: what it learns from: ``"evaluation"`` (of the model right after a decision; each
             costs a forward pass), ``"training_loss"`` (minus the mean loss of the steps since the
             last decision), or None.
-        inherit: which weights a group of layers goes on with when the tying changes (see
-            ``TiedLayers``).
         settles: the share of a run, at its end, in which nothing is decided any more; may be set.
-        divides_initial_weights: whether freshly drawn residual outputs are divided by the number
-            of layers that use them (see ``core.residual_scale``).
         residual_scaling: the power p of 1/n residual scaling in the forward pass (see
             ``TiedLayers``), where it chooses the start.
         mixes: whether the layers learn mixtures of the shared weights (see ``core.mixtures``).
@@ -65,9 +61,7 @@ class Policy:
     """
 
     reward: ClassVar[Literal["evaluation", "training_loss"] | None] = None
-    inherit: ClassVar[Literal["first", "majority"]] = "first"
     settles: float = 0.0
-    divides_initial_weights: ClassVar[bool] = False
     residual_scaling: ClassVar[float] = 0.0
     mixes: ClassVar[bool] = False
     rules: Rules

@@ -245,23 +245,15 @@ def _independence(groups: list[RunGroup], show: Show) -> list[Markup]:
 
 
 def _expectations(groups: list[RunGroup], show: Show) -> list[Markup]:
-    """Those of the first run of each agent that recorded them."""
+    """Those of the first run that recorded them."""
     recorded = [
         (f"{group.label}, seed {run.setting('seed')}.", run)
         for group in groups
         for run in group.runs
         if any(line.get("q") for line in run.decisions)
     ]
-    worths = [each for each in recorded if figures_agent.records_worths(each[1])]
-    matrices = [each for each in recorded if each not in worths]
     blocks = []
-    for name, run in worths[:1]:
-        caption = (
-            f"{name} What each layer is worth, in nats, as the first of its group: how much "
-            "higher the loss would be if it used the weights of the layer before it."
-        )
-        blocks.append(show("worths", figures_agent.draw_worths(run), caption))
-    for name, run in matrices[:1]:
+    for name, run in recorded[:1]:
         caption = (
             f"{name} The Q-network’s matrix: row i holds the expected return of each choice of "
             "layer i; darker is better, on a scale of its own. A dot marks the best choice; on the "

@@ -1,4 +1,4 @@
-"""The pictures of what an agent expects: the paper's Q-matrix, and the worths of ours."""
+"""The picture of what the paper's agent expects: the matrix of its Q-network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from layer_tying.report.formats import format_number
-from layer_tying.report.style import ACCENT, NARROW, SHARES, bare, layer_axis
+from layer_tying.report.style import SHARES, bare, layer_axis
 from layer_tying.runs.reading import Run, as_number
-
-
-def records_worths(run: Run) -> bool:
-    """Whether what the agent recorded is one worth for each layer, on the matrix's diagonal."""
-    last = next(line["q"] for line in reversed(run.decisions) if line.get("q"))
-    return not any(value for row in last for value in row[:-1])
 
 
 def draw_q(run: Run) -> Figure:
@@ -43,26 +37,6 @@ def draw_q(run: Run) -> Figure:
         ends = (low, (low + high) / 2, high)
         bar.set_ticks(ends, labels=[format_number(value) for value in ends])
         bare(bar.ax)
-    return figure
-
-
-def draw_worths(run: Run) -> Figure:
-    """What a layer is worth as the first of its group, the paler the earlier the decision."""
-    figure = Figure(figsize=(NARROW, 2.75), layout="constrained")
-    axes = figure.subplots()
-    chosen = _recorded(run)
-    for number, index in enumerate(chosen, 1):
-        worths = np.diag(_lower_triangle(run.decisions[index]["q"]))
-        layers = range(1, len(worths))  # layer 0 always begins a group
-        label = f"decision {index}"
-        strength = number / len(chosen)
-        axes.plot(layers, worths[1:], "o-", color=ACCENT, alpha=strength, markersize=4, label=label)
-    axes.set(xlabel="layer", ylabel="worth, nats")
-    layer_axis(axes.xaxis, run.num_layers)
-    axes.grid(axis="y", linewidth=0.7)
-    axes.tick_params(length=0)
-    axes.spines.left.set_visible(False)
-    figure.legend(loc="outside upper left", ncols=len(chosen))
     return figure
 
 

@@ -28,6 +28,7 @@ from layer_tying.settings import (
 )
 
 FORMAT = 3  # of run folders
+RETIRED = ("inherit", "layer_price", "shared_init")  # settings that older run folders have
 CONFIG = "config.json"
 # What a fine-tuned model has from the run it starts from.
 SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
@@ -167,11 +168,6 @@ class TrainConfig:
             raise InputError(f"task {task} is one of text, and family vit reads images")
         if task and not self.tying.source:
             raise InputError(f"task {task} needs --from RUN, the run to fine-tune")
-        if task and self.tying.shared_init == "scaled":
-            raise InputError(
-                "shared_init scaled is for weights that are drawn at the start, "
-                "not for a task to fine-tune on"
-            )
 
     @property
     def folder(self) -> Path:
@@ -236,6 +232,7 @@ class TrainConfig:
                 raise InputError(f"it has no format number; this program reads format {FORMAT}")
             if (number := saved.pop("format")) != FORMAT:
                 raise InputError(f"it has format {number}; this program reads format {FORMAT}")
+            saved["settled"] = [name for name in saved["settled"] if name not in RETIRED]
             groups = {name: kind(**_tuples(saved.pop(name))) for name, kind in GROUPS.items()}
             return cls(**groups, **_tuples(saved))
         except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -261,9 +258,11 @@ DEFAULTS = TrainConfig().flat()
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists where settings are tuples."""
+    """JSON has lists where settings are tuples, and older runs have settings that are no more."""
     return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name not in RETIRED
     }
 
 

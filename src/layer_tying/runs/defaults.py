@@ -8,7 +8,6 @@ from layer_tying.errors import InputError
 from layer_tying.runs.config import TrainConfig, first_difference
 
 OPEN: tuple[object, ...] = (None, "", "auto", ())  # what a setting is that was left open
-FROM_SOURCE = ("tyings", "shared_init", "inherit")  # what the run that --from names decides
 SOURCE = ("policy", "source", "permute", "task", "nlayers", "every")  # what these depend on
 
 
@@ -54,6 +53,5 @@ def with_changes(saved: TrainConfig, **changes: Any) -> TrainConfig:
         return as_saved(saved, asked)
     before, after = saved.flat(), asked.flat()
     if saved.tying.source and all(before[name] == after[name] for name in SOURCE):
-        kept = [name for name in FROM_SOURCE if name in saved.settled]
-        return settle(asked, **{name: before[name] for name in kept})
+        return settle(asked, tyings=before["tyings"]) if "tyings" in saved.settled else asked
     return asked

@@ -41,17 +41,13 @@ def settings_from(config: TrainConfig) -> dict[str, Any]:
             )
         untied = ",".join(best.settings.untied) or None
         return {"tyings": (owners_text(best.tying),), "untied": untied}
-    theirs = read_config(source).tying
-    settings: dict[str, Any] = {"shared_init": theirs.shared_init, "inherit": theirs.inherit}
-    if config.tying.freezes:  # all layers are in memory: no weights are shared at the start
-        settings["shared_init"] = "plain"
     if config.tying.policy == "recorded":
         _check_same(config, source, ("nlayers", "every"))
         tyings = recorded_tyings(source, config.tying.permute)
     else:
         _check_same(config, source, ("nlayers",))
         tyings = [final_tying(source)]
-    return settings | {"tyings": tuple(owners_text(tying) for tying in tyings)}
+    return {"tyings": tuple(owners_text(tying) for tying in tyings)}
 
 
 def owners_text(tying: Tying) -> str:

@@ -19,7 +19,7 @@ from layer_tying.runs.config import TrainConfig
 from layer_tying.runs.defaults import settle
 from layer_tying.runs.from_run import owners_text, settings_from
 from layer_tying.runs.precision import usual_precision
-from layer_tying.runs.start import policy_of, rules_of, usual_groups
+from layer_tying.runs.start import policy_of, rules_of
 from layer_tying.runs.tasks import task_of
 from layer_tying.runs.tying_config import DECIDING
 from layer_tying.tasks.base import Task
@@ -54,14 +54,12 @@ def usual_settings(config: TrainConfig) -> dict[str, Any]:
     return usual | {
         "reward": "training-loss" if policy.reward == "training_loss" else evaluated,
         "settle": policy.settles,
-        "shared_init": "scaled" if policy.divides_initial_weights and draws_shared else "plain",
-        "inherit": policy.inherit,
         "residual_scaling": policy.residual_scaling if draws_shared else 0.0,
     }
 
 
 def _settle_lengths(config: TrainConfig, task: Task) -> TrainConfig:
-    """The defaults that depend on the data: numbers of steps, and of groups."""
+    """The defaults that depend on the data: numbers of steps, and the start."""
     batches = task.batches_per_epoch * config.optimization.epochs
     config = settle(config, max_steps=max(1, batches // config.optimization.accumulate))
     assert config.optimization.max_steps is not None
@@ -71,12 +69,11 @@ def _settle_lengths(config: TrainConfig, task: Task) -> TrainConfig:
 
 
 def _settle_start(config: TrainConfig, rules: Rules) -> TrainConfig:
-    """What a policy starts from, where that was left open, and in how many groups."""
+    """What a policy starts from, where that was left open."""
     tying = config.tying
     if tying.policy in DECIDING and not tying.initial:
         start = policy_of(tying, config.seed).start(rules)
         if tying.groups:
             start = pattern(POLICIES[tying.policy].start, start.num_layers, tying.groups)
         return settle(config, tyings=(owners_text(start),))
-    groups = usual_groups(tying, rules)
-    return settle(config, groups=groups) if groups else config
+    return config

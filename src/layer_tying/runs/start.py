@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -61,10 +60,7 @@ def policy_of(config: TyingConfig, seed: int) -> Policy:
         config: the settings, settled or not.
         seed: of the policy.
     """
-    options: dict[str, Any] = {"seed": seed}
-    if config.layer_price is not None:
-        options["price"] = config.layer_price
-    policy = make_policy(config.policy, **options)
+    policy = make_policy(config.policy, seed=seed)
     if config.settle is not None and config.policy in SETTLING:
         policy.settles = config.settle
     if config.reward and policy.reward:
@@ -89,18 +85,6 @@ def rules_of(config: TyingConfig, model_config: PretrainedConfig) -> Rules:
         mixes=config.policy == "mixture",
     )
     return Rules(stack.kinds, most)
-
-
-def usual_groups(config: TyingConfig, rules: Rules) -> int | None:
-    """The number of groups where it was left open; None for patterns that need none.
-
-    A deciding policy starts from all the layers that a budget allows, or else from a quarter.
-    """
-    num_layers = len(rules.kinds)
-    if config.policy in DECIDING and config.initial == "sandwich" and not config.tyings:
-        usual = min(max(3, num_layers // 4), num_layers)
-        return min(rules.max_independent, num_layers) if config.has_budget else usual
-    return None
 
 
 def _initial(config: TyingConfig, num_layers: int) -> Tying:

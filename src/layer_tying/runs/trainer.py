@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from layer_tying.core import distributed
 from layer_tying.core.averaging import GradientAveraging
-from layer_tying.core.find import find_layers
 from layer_tying.core.frozen_layers import FrozenLayers
 from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.mixtures import FACTOR_KEY
-from layer_tying.core.residual_scale import divide_initial_weights, residual_modules
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.data.batches import rows_of_rank
@@ -100,9 +98,6 @@ class Trainer:
         self.model = build_model(
             self.task.model_config, in_memory, untied=tying.untied_names, device=self.device
         )
-        if tying.shared_init == "scaled":
-            stack = find_layers(self.model, untied=tying.untied_names)
-            divide_initial_weights(start, residual_modules(stack, self._residual_outputs()))
         self.model.config.use_cache = False
         choose_attention(self.model, optimization.precision, self.config.data.bptt)
         if optimization.checkpointing:
@@ -128,7 +123,6 @@ class Trainer:
             untied=tying.untied_names,
             gradient=tying.gradient,
             optimizer_state=tying.optimizer_state,
-            inherit=tying.inherit,  # type: ignore[arg-type]  # settled, so not ""
             residual_scaling=tying.residual_scaling or 0.0,
             residual_outputs=self._residual_outputs() if tying.residual_scaling else (),
         )

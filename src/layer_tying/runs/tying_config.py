@@ -29,7 +29,6 @@ class TyingConfig:
     """Which layers share weights, and who decides it.
 
     Attributes:
-        inherit: which weights a group goes on with when the tying changes; the policy's.
         tyings: as owners separated by commas: what a deciding policy chose to start from; or, from
             the run that ``source`` names, the tying to begin with and, of policy recorded, one for
             each decision.
@@ -68,15 +67,9 @@ class TyingConfig:
     where n layers use its weights (default: mixture: 1; others: 0)"""
     initial: StartName = ""
     """what a deciding policy starts from: a pattern (with --groups, if it needs a number); frozen:
-    all tied in name, but not yet in memory (default: dqn and random: all; bandit: sandwich)"""
-    shared_init: Literal["", "plain", "scaled"] = ""
-    """initial weights of shared layers; scaled: what a layer adds to the residual stream is divided
-    by the number of its uses (default: plain; bandit: scaled; --from: as there)"""
+    all tied in name, but not yet in memory (default: mixture: cycle; others: all)"""
     settle: float | None = None
-    """share of the run, at its end, without decisions (default: 0; bandit: 0.5)"""
-    layer_price: float | None = None
-    """what an independent layer has to be worth to the bandit, in nats (default: their number stays
-    what it is at the start)"""
+    """share of the run, at its end, without decisions (default: 0)"""
     budget_layers: int | None = None
     """the most layers that may ever be independent"""
     budget_parameters: int | None = None
@@ -88,8 +81,7 @@ class TyingConfig:
     reward: Literal["", "log-perplexity", "perplexity", "accuracy", "training-loss"] = ""
     """what the agent maximises: minus the (log-)perplexity of a training batch, or accuracy;
     training-loss: minus the mean loss of the steps since the last decision (default:
-    log-perplexity; family vit: perplexity; bandit: training-loss)"""
-    inherit: Literal["", "first", "majority"] = hidden("")
+    log-perplexity; family vit: perplexity)"""
     tyings: tuple[str, ...] = hidden(())
 
     def __post_init__(self) -> None:
@@ -97,7 +89,7 @@ class TyingConfig:
         budget = ("budget_layers", "budget_parameters", "budget_bytes")
         check_at_least(self, 1, ("every", "groups", *budget))
         check_at_least(self, 0, ("permute",))
-        check_finite(self, ("layer_price", "residual_scaling"))
+        check_finite(self, ("residual_scaling",))
         check_shares(self, ("settle",))
         if self.activate_at is not None and not 0 <= self.activate_at < 1:
             raise InputError(f"activate_at is at least 0 and below 1, got {self.activate_at}")
@@ -110,11 +102,6 @@ class TyingConfig:
             raise InputError(
                 "residual scaling and mixtures are of shared weights: they do not go with frozen "
                 "layers; choose another policy, such as dqn"
-            )
-        if self.shared_init == "scaled" and self.freezes:
-            raise InputError(
-                "shared_init scaled is for weights that are shared from the start: "
-                "it does not go with frozen layers"
             )
 
     @property
@@ -138,8 +125,6 @@ class TyingConfig:
             )
         if self.permute is not None and self.policy != "recorded":
             raise InputError(f"permute goes with policy recorded, not with {self.policy}")
-        if self.layer_price is not None and self.policy != "bandit":
-            raise InputError(f"layer_price goes with policy bandit, not with {self.policy}")
         if self.activate_at is not None and not ties_statically:
             raise InputError(
                 f"activate_at goes with a static pattern that ties, not with policy {self.policy}"
