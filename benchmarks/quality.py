@@ -52,7 +52,7 @@ def main() -> int:
     finally:
         is_committed = options.results.resolve() == RESULTS
         folder = REPOSITORY / "docs" if is_committed else options.results.parent
-        write_page(with_step_seconds(rows_so_far(options)), folder)
+        write_page(with_step_seconds(rows_so_far(options.results)), folder)
     return 0
 
 
@@ -71,7 +71,7 @@ def benchmark(name: str, setting: Setting, options: argparse.Namespace) -> None:
         train_runs(runs, options)
 
     def rate_of(method: str) -> float:
-        rows = rows_so_far(options)
+        rows = rows_so_far(options.results)
         source = method if method in tuned(setting) else f"mixture-{setting.sets[0]}"
         return best_rate(rows, name, source) or middle
 
@@ -85,7 +85,7 @@ def benchmark(name: str, setting: Setting, options: argparse.Namespace) -> None:
 
 def train_runs(runs: Iterable[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, several at a time."""
-    known = {tuple(row[name] for name in NAMES) for row in rows_so_far(options)}
+    known = {tuple(row[name] for name in NAMES) for row in rows_so_far(options.results)}
     left = {slug(run): run for run in runs if run not in known}
     for name in {run[0] for run in left.values()}:
         cut, folder = SETTINGS[name].cut, options.folder / "data" / name
@@ -108,7 +108,7 @@ def train_runs(runs: Iterable[Run], options: argparse.Namespace) -> None:
 
 def report(run: Run, job: Job, options: argparse.Namespace) -> None:
     """Add the row of a run that has ended to the results."""
-    rows = rows_so_far(options)
+    rows = rows_so_far(options.results)
     rows.append(row_of(run, job.config.folder))
     print(job.name, f"{rows[-1]['validation_perplexity']:.4f}", flush=True)
     shutil.rmtree(job.config.folder / "checkpoints", ignore_errors=True)
@@ -134,10 +134,11 @@ def slug(run: Run) -> str:
     return f"{name}/{method.replace(', ', '-').replace('/', '')}-{rate:g}-{seed}"
 
 
-def rows_so_far(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not options.results.exists():
+def rows_so_far(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results; they may be of several machines."""
+    if not path.exists():
         return []
-    return json.loads(options.results.read_text(encoding="utf-8"))["rows"]
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
 def arguments() -> argparse.Namespace:
