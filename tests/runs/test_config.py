@@ -63,6 +63,14 @@ def test_json_round_trip(values):
     assert {name: flat[name] for name in values} == values
 
 
+def test_settings_that_are_no_more_are_left_out_of_older_runs():
+    config = TrainConfig.from_flat(settled=("settle",))
+    older = json.loads(config.to_json())
+    older["tying"] |= {"inherit": "majority", "layer_price": None, "shared_init": "plain"}
+    older["settled"] = ["shared_init", "settle", "inherit"]
+    assert TrainConfig.from_json(json.dumps(older)) == config
+
+
 def usual(**settings) -> dict:
     config = TrainConfig.from_flat(**settings)
     return settle(config, **usual_settings(config)).flat()

@@ -352,6 +352,8 @@ def test_mixtures_and_residual_scaling_are_exported_both_ways(family, tmp_path):
 def test_settings_make_a_round_trip_through_json():
     settings = TyingSettings(("encoder", "decoder"), ("*norm*",), True, "owner", owners=(0, 0, 2))
     assert TyingSettings.from_json(settings.to_json()) == settings
+    older = {**json.loads(settings.to_json()), "inherit": "majority"}  # an option that is no more
+    assert TyingSettings.from_json(json.dumps(older)) == settings
     for text in ("{", '{"colour": 1}'):
         with pytest.raises(InputError, match="not the settings of a tying"):
             TyingSettings.from_json(text)
