@@ -67,7 +67,7 @@ def measure_decision(case: Case) -> Case:
     """Decisions of the agent, each between two training steps."""
     tying = random_tying(case["layers"], case["independent"], seed=0)
     model, optimizer = side(case, tying)
-    dynamic = DynamicTying(model, optimizer, every=1, initial="keep")
+    dynamic = DynamicTying(model, optimizer, "dqn", every=1, initial="keep")
     steps, decisions = [], []
 
     def reward() -> float:

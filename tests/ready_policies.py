@@ -9,12 +9,10 @@ from layer_tying.policies.dqn import DQN
 P = TypeVar("P", bound=Policy)
 
 
-def ready(
-    policy: P, where: int | Rules, start: Tying | None = None, num_decisions: int | None = None
-) -> P:
+def ready(policy: P, where: int | Rules, start: Tying | None = None) -> P:
     """Reset a policy for a number of layers, or for rules; it starts from what it chooses."""
     rules = Rules.free(where) if isinstance(where, int) else where
-    policy.reset(policy.start(rules) if start is None else start, rules, num_decisions)
+    policy.reset(policy.start(rules) if start is None else start, rules)
     return policy
 
 

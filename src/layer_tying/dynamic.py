@@ -2,7 +2,7 @@
 
 ::
 
-    tying = DynamicTying(model, optimizer, total_steps=20_000)
+    tying = DynamicTying(model, optimizer)
     ...
     tying.step(loss)   # after optimizer.step()
 """
@@ -45,7 +45,8 @@ class DynamicTying:
         optimizer: the model's optimizer (or several); it is kept in step with the tying.
         policy: who decides: a name of ``POLICIES``, or a policy object. ``"dqn"`` is the paper's
             agent, with the paper's start.
-        total_steps: the length of the run in optimizer steps; for policies that settle.
+        total_steps: the length of the run in optimizer steps; for policies that settle towards its
+            end, which those of ``POLICIES`` do only if they are told to.
         every: k, the number of optimizer steps from one decision to the next.
         initial: the tying to start from; by default the policy chooses, and shared weights are
             scaled as it wants them. The weights of all other layers are dropped. A ``Tying`` or a
@@ -123,10 +124,8 @@ class DynamicTying:
         self.every = every
         self.num_steps = 0
         self._settled_after = math.inf
-        self._num_decisions: int | None = None
         if total_steps is not None:
             self._settled_after = math.ceil((1 - policy.settles) * total_steps)
-            self._num_decisions = math.ceil(self._settled_after / every)
         elif policy.settles == 1.0:
             self._settled_after = 0
         kinds = layers.rules.kinds
@@ -141,7 +140,7 @@ class DynamicTying:
         self.rules.check(start)
         if policy.mixes:
             check_mixable(layers.stack, start.num_independent)
-        policy.reset(start, self.rules, self._num_decisions)
+        policy.reset(start, self.rules)
         layers.apply(start)
         if policy.mixes:
             layers.mix()

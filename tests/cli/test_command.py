@@ -19,6 +19,7 @@ from tolerance import close_to
 from layer_tying import report
 from layer_tying.cli import command, experiments, main
 from layer_tying.runs.config import DEFAULTS, SETTINGS, TrainConfig, read_config
+from layer_tying.runs.defaults import settle
 from layer_tying.runs.processes import Ended
 
 SMALL = (
@@ -259,6 +260,24 @@ def test_a_comparison_hands_the_number_of_groups_to_those_that_take_one(compared
     assert {name for name, config in compared.items() if config.tying.settle} == {"dqn"}
     sums = [name for name, config in compared.items() if config.tying.gradient == "sum"]
     assert sums == ["mixture"]
+
+
+def test_a_start_in_a_comparison_is_of_those_that_change_the_tying(compared):
+    flags = ["--initial", "none", "--settle", "0.3"]
+    assert main(["compare", "--policies", "none,dqn,mixture-3", *flags]) == 3
+    assert {name: config.tying.initial for name, config in compared.items()} == {
+        **{"none": "", "dqn": "none", "mixture-3": ""}
+    }
+
+
+def test_what_a_saved_run_had_settled_is_settled_anew_for_each_that_is_compared(compared, here):
+    settled = {"settle": 1.0, "residual_scaling": 1.0, "tyings": ("0,1,0,1",)}
+    saved = settle(TrainConfig.from_flat(lr=0.1, policy="mixture"), **settled)
+    (here / "saved.json").write_text(saved.to_json())
+    flags = ["--config", str(here / "saved.json"), "--policies", "dqn,mixture-4"]
+    assert main(["compare", *flags]) == 3
+    assert compared["dqn"].flat() == DEFAULTS | {"lr": 0.1, "policy": "dqn", "exp": "run/dqn"}
+    assert compared["mixture-4"].tying.tyings == ()
 
 
 # How it ends

@@ -226,6 +226,12 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     assert [run.path.name for run in groups[1].runs] == ["a", "b"]
 
 
+def test_settings_that_are_no_more_do_not_part_older_runs_from_newer_ones(tmp_path):
+    older = {"inherit": "first", "shared_init": "plain", "layer_price": None}
+    folders = [write_run(tmp_path / "0", seed=0, **older), write_run(tmp_path / "1", seed=1)]
+    assert [len(group.runs) for group in group_runs(map(read_run, folders))] == [2]
+
+
 def test_two_runs_of_one_seed_are_not_called_two_seeds(tmp_path):
     seeds = {"a": 1, "b": 1, "c": 2}
     runs = [read_run(write_run(tmp_path / name, "dqn", seed=seeds[name])) for name in seeds]

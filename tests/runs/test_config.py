@@ -66,9 +66,12 @@ def test_json_round_trip(values):
 def test_settings_that_are_no_more_are_left_out_of_older_runs():
     config = TrainConfig.from_flat(settled=("settle",))
     older = json.loads(config.to_json())
-    older["tying"] |= {"inherit": "majority", "layer_price": None, "shared_init": "plain"}
+    older["tying"] |= {"inherit": "first", "layer_price": None, "shared_init": "plain"}
     older["settled"] = ["shared_init", "settle", "inherit"]
     assert TrainConfig.from_json(json.dumps(older)) == config
+    older["tying"]["shared_init"] = "scaled"
+    with pytest.raises(InputError, match="shared_init 'scaled' is of an older version"):
+        TrainConfig.from_json(json.dumps(older))
 
 
 def usual(**settings) -> dict:

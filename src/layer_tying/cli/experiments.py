@@ -128,11 +128,12 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
     )
     own = [("policies", *option(str, "none,dqn,mixture", which))]
     options = _with_settings(arguments, program, help, ("policy", "task"), own)
+    asked = options.config.open_again()  # what another policy had settled is not for all of these
     jobs = [
         Job(
-            options.config.replace(
-                exp=f"{options.config.logging.exp}/{name}",
-                **_left_out(str(settings["policy"]), options.config.tying.initial) | settings,
+            asked.replace(
+                exp=f"{asked.logging.exp}/{name}",
+                **_left_out(str(settings["policy"]), asked.tying.initial) | settings,
             ),
             name,
         )
@@ -175,16 +176,17 @@ def _left_out(policy: str, initial: str) -> dict[str, Any]:
 
     Args:
         policy: the name of a policy.
-        initial: what those that decide start from in this comparison.
+        initial: what those that change the tying start from in this comparison.
     """
+    starts = {name: initial if name in SETTLING else "" for name in POLICIES}
     tying = set(POLICIES) - {"none"}  # conventional training has no budget
     belong = {
         **{"owners": ("fixed",), "source": ("fixed", "recorded"), "permute": ("recorded",)},
         "activate_at": tying - {*DECIDING, "recorded"},
-        "groups": {name for name in POLICIES if takes_groups(name, initial)},
-        **{"initial": DECIDING, "settle": SETTLING, "reward": LEARNING},
+        "groups": {name for name, start in starts.items() if takes_groups(name, start)},
+        **{"initial": SETTLING, "settle": SETTLING, "reward": LEARNING},
         "gradient": {*POLICIES} - {"mixture"},
-        "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others bring their own
+        "residual_scaling": {*PATTERNS, "fixed", "mixture"},  # the others have none
         **dict.fromkeys(("budget_layers", "budget_parameters", "budget_bytes"), tying),
     }
     return {name: DEFAULTS[name] for name, policies in belong.items() if policy not in policies}

@@ -7,7 +7,7 @@ leave untied. A model remembers the settings of every part. Two parts have no mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -137,14 +137,12 @@ def holds(stack: LayerStack, module: nn.Module) -> bool:
     return not modules_of(stack).isdisjoint(module.modules())
 
 
-def own_residual_modules(
-    stack: LayerStack, settings: TyingSettings, outputs: Sequence[str]
-) -> list[list[nn.Module]]:
+def own_residual_modules(stack: LayerStack, settings: TyingSettings) -> list[list[nn.Module]]:
     """For each layer the residual outputs that are a part's to scale: those that no other holds."""
     others = other_parts(stack, settings).values()
     return [
         [module for module in mine if not any(holds(part, module) for part in others)]
-        for mine in residual_modules(stack, outputs)
+        for mine in residual_modules(stack, settings.residual_outputs)
     ]
 
 

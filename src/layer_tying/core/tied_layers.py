@@ -282,8 +282,7 @@ class TiedLayers:
         if not self.settings.residual_scaling:
             return
         scales = factors(self.tying, self.settings.residual_scaling)
-        outputs = self.settings.residual_outputs
-        found = parts.own_residual_modules(self.stack, self.settings, outputs)
+        found = parts.own_residual_modules(self.stack, self.settings)
         for modules, factor in zip(found, scales, strict=True):
             for module in modules:
                 scale_output(module, factor)

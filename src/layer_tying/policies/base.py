@@ -74,13 +74,12 @@ class Policy:
         """The tying to start from, where the caller does not name one; the paper's by default."""
         return rules.tightest
 
-    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+    def reset(self, start: Tying, rules: Rules) -> None:
         """Begin a run.
 
         Args:
             start: the tying that it starts from.
             rules: which tyings are allowed.
-            num_decisions: how many decisions there will be; None where that is not known.
 
         Raises:
             InputError: if it cannot decide from this start.

@@ -108,7 +108,7 @@ class DQN(Policy):
         self._rng = np.random.default_rng(seed)
         self._statistics: dict[str, Any] = {}
 
-    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+    def reset(self, start: Tying, rules: Rules) -> None:
         """Begin a run with a new Q-network."""
         self.rules = rules
         self.epsilon = self.first_epsilon

@@ -59,7 +59,7 @@ class Schedule(Policy):
         """The tying it was made with."""
         return self._start or rules.tightest
 
-    def reset(self, start: Tying, rules: Rules, num_decisions: int | None = None) -> None:
+    def reset(self, start: Tying, rules: Rules) -> None:
         """Begin a run.
 
         Raises:

@@ -250,17 +250,17 @@ def _expectations(groups: list[RunGroup], show: Show) -> list[Markup]:
         (f"{group.label}, seed {run.setting('seed')}.", run)
         for group in groups
         for run in group.runs
-        if any(line.get("q") for line in run.decisions)
+        if run.policy == "dqn" and any(line.get("q") for line in run.decisions)
     ]
-    blocks = []
-    for name, run in recorded[:1]:
-        caption = (
-            f"{name} The Q-network’s matrix: row i holds the expected return of each choice of "
-            "layer i; darker is better, on a scale of its own. A dot marks the best choice; on the "
-            "diagonal the layer is independent."
-        )
-        blocks.append(show("q_values", figures_agent.draw_q(run), caption))
-    return blocks
+    if not recorded:
+        return []
+    name, run = recorded[0]
+    caption = (
+        f"{name} The Q-network’s matrix: row i holds the expected return of each choice of "
+        "layer i; darker is better, on a scale of its own. A dot marks the best choice; on the "
+        "diagonal the layer is independent."
+    )
+    return [show("q_values", figures_agent.draw_q(run), caption)]
 
 
 def _memory(groups: list[RunGroup], show: Show) -> list[Markup]:

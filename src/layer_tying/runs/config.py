@@ -28,7 +28,8 @@ from layer_tying.settings import (
 )
 
 FORMAT = 3  # of run folders
-RETIRED = ("inherit", "layer_price", "shared_init")  # settings that older run folders have
+# Settings that older run folders have, with the values that mean what is done now.
+RETIRED = {"inherit": ("", "first"), "layer_price": (None,), "shared_init": ("", "plain")}
 CONFIG = "config.json"
 # What a fine-tuned model has from the run it starts from.
 SHAPE = ("family", "tokenizer", "objective", "nlayers", "nhead", "emsize", "bptt")
@@ -232,9 +233,10 @@ class TrainConfig:
                 raise InputError(f"it has no format number; this program reads format {FORMAT}")
             if (number := saved.pop("format")) != FORMAT:
                 raise InputError(f"it has format {number}; this program reads format {FORMAT}")
-            saved["settled"] = [name for name in saved["settled"] if name not in RETIRED]
-            groups = {name: kind(**_tuples(saved.pop(name))) for name, kind in GROUPS.items()}
-            return cls(**groups, **_tuples(saved))
+            settled = saved.pop("settled", ())
+            groups = {name: kind(**_known(saved.pop(name))) for name, kind in GROUPS.items()}
+            settled = tuple(name for name in settled if name not in RETIRED)
+            return cls(**groups, **_known(saved), settled=settled)
         except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a run's configuration: {error}") from None
 
@@ -257,8 +259,11 @@ SETTINGS |= {each.name: "" for each in fields(TrainConfig) if each.name not in G
 DEFAULTS = TrainConfig().flat()
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has lists where settings are tuples, and older runs have settings that are no more."""
+    for name, meant in RETIRED.items():
+        if values.get(name, meant[0]) not in meant:
+            raise InputError(f"{name} {values[name]!r} is of an older version, and is no more")
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.items()

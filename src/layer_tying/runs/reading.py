@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from layer_tying.errors import InputError
+from layer_tying.runs.config import RETIRED
 
 REQUIRED_FILES = ("config.json", "metrics.jsonl", "tying.jsonl")
 
@@ -96,11 +97,14 @@ def read_run(path: Path) -> Run:
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their flat names, whatever group of a configuration they belong to."""
+    """Settings by their flat names, whatever group of a configuration they belong to.
+
+    Those that are no more are left out, so that older runs are told apart by what counts.
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= value if isinstance(value, dict) else {name: value}
-    return flat
+    return {name: value for name, value in flat.items() if name not in RETIRED}
 
 
 def as_number(value: object) -> float:

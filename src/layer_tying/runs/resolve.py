@@ -49,12 +49,10 @@ def usual_settings(config: TrainConfig) -> dict[str, Any]:
     tying = config.tying
     usual: dict[str, Any] = {"dataset": config.data.task or ("digits" if is_image else "pydocs")}
     policy = policy_of(tying, config.seed) if tying.policy in DECIDING else Policy()
-    draws_shared = not (tying.freezes or config.data.task)
-    evaluated = "perplexity" if is_image else "log-perplexity"
     return usual | {
-        "reward": "training-loss" if policy.reward == "training_loss" else evaluated,
+        "reward": "perplexity" if is_image else "log-perplexity",
         "settle": policy.settles,
-        "residual_scaling": policy.residual_scaling if draws_shared else 0.0,
+        "residual_scaling": 0.0 if config.data.task else policy.residual_scaling,
     }
 
 
@@ -72,8 +70,9 @@ def _settle_start(config: TrainConfig, rules: Rules) -> TrainConfig:
     """What a policy starts from, where that was left open."""
     tying = config.tying
     if tying.policy in DECIDING and not tying.initial:
-        start = policy_of(tying, config.seed).start(rules)
         if tying.groups:
-            start = pattern(POLICIES[tying.policy].start, start.num_layers, tying.groups)
+            start = pattern(POLICIES[tying.policy].start, len(rules.kinds), tying.groups)
+        else:
+            start = policy_of(tying, config.seed).start(rules)
         return settle(config, tyings=(owners_text(start),))
     return config

@@ -112,9 +112,6 @@ class Trainer:
         """A single process holds all there is."""
         return self.config.optimization.parallel == "shard" and distributed.world_size() > 1
 
-    def _residual_outputs(self) -> tuple[str, ...]:
-        return residual_outputs(self.model.config.model_type)
-
     def _tie(self, start: Tying) -> None:
         tying = self.config.tying
         self.storage = TiedLayers(
@@ -124,7 +121,9 @@ class Trainer:
             gradient=tying.gradient,
             optimizer_state=tying.optimizer_state,
             residual_scaling=tying.residual_scaling or 0.0,
-            residual_outputs=self._residual_outputs() if tying.residual_scaling else (),
+            residual_outputs=(
+                residual_outputs(self.model.config.model_type) if tying.residual_scaling else ()
+            ),
         )
         self.layers: Layers = self.storage
         if tying.freezes:

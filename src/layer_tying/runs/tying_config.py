@@ -11,7 +11,7 @@ from layer_tying.errors import InputError
 from layer_tying.policies import POLICIES as DECIDING_RECORDS
 from layer_tying.settings import check_at_least, check_finite, check_shares, check_types, hidden
 
-DECIDING = tuple(DECIDING_RECORDS)  # the policies that change the tying while a model trains
+DECIDING = tuple(DECIDING_RECORDS)  # the policies that run while a model trains
 SETTLING = tuple(name for name, record in DECIDING_RECORDS.items() if record.decides)
 LEARNING = tuple(name for name, record in DECIDING_RECORDS.items() if record.learns)
 POLICIES = (*DECIDING, "recorded", "fixed", *PATTERNS)
