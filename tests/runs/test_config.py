@@ -79,17 +79,15 @@ def usual(**settings) -> dict:
     return settle(config, **usual_settings(config)).flat()
 
 
-def test_the_default_is_our_agent_on_data_that_are_always_there():
+def test_the_default_is_a_mixture_on_data_that_are_always_there():
     config = usual()
     assert (config["policy"], config["dataset"]) == ("mixture", "pydocs")
     assert config["residual_scaling"] == 1.0
     assert TrainConfig().folder == Path("runs/run")
 
 
-@pytest.mark.parametrize("settings", [{"sharing": "frozen"}, {"task": "rte", "source": "a-run"}])
-def test_nothing_is_scaled_that_is_not_drawn_and_shared(settings):
-    policy = "dqn" if "sharing" in settings else "mixture"
-    assert usual(policy=policy, **settings)["residual_scaling"] == 0.0
+def test_nothing_is_scaled_that_is_not_drawn():
+    assert usual(policy="mixture", task="rte", source="a-run")["residual_scaling"] == 0.0
 
 
 def test_the_papers_agent_is_the_papers():

@@ -91,6 +91,8 @@ def test_a_mixture_has_as_many_sets_as_it_is_asked_for(here, groups, owners):
 def test_a_named_start_has_as_many_groups_as_it_is_asked_for(here):
     trainer = trainer_of(small(here, policy="random", initial="cycle", nlayers=8, groups=3))
     assert trainer.layers.tying.owners == (0, 1, 2, 0, 1, 2, 0, 1)
+    trainer = trainer_of(small(here, policy="random", initial="sandwich", nlayers=8))
+    assert trainer.layers.tying.owners == (0, 1, 1, 1, 1, 1, 1, 7)
 
 
 def test_a_mixture_of_one_set_or_of_more_than_there_are_layers_is_refused(here):
