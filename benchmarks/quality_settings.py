@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ class Setting:
         sets: k, how many layers' parameters the shared methods and their rival have.
         rates: learning rates to choose from; the middle one is tried first.
         accuracy: whether the figure is an accuracy, to be maximised, and not a perplexity.
-        own: flags of single methods, which were chosen for each on validation.
         cut: writes the data into a folder, where they are a part of a text.
     """
 
@@ -40,7 +39,6 @@ class Setting:
     sets: tuple[int, ...] = (3,)
     rates: tuple[float, float, float] = (1e-3, 2e-3, 4e-3)
     accuracy: bool = False
-    own: Mapping[str, Flags] = field(default_factory=dict)
     cut: Callable[[Path], None] | None = None
 
     @property
@@ -85,7 +83,7 @@ def methods_of(setting: Setting) -> dict[str, Flags]:
     methods["narrow"] = {"policy": "none", "emsize": setting.flags["emsize"] // 2}
     methods["random"] = {"policy": "random", "settle": 0.5}
     methods["dqn"] = {"policy": "dqn"}
-    return {name: {**flags, **setting.own.get(name, {})} for name, flags in methods.items()}
+    return methods
 
 
 def command_of(setting: Setting, method: str) -> tuple[str, ...]:
@@ -174,7 +172,7 @@ SETTINGS: dict[str, Setting] = {
         "64 tokens",
         {**LLAMA, "family": "gpt2", "nhead": 4, "emsize": 96, "tokenizer": "bytes", "bptt": 64}
         | {"batch_size": 8, "max_steps": 6000, "eval_every": 500, "save_every": 3000},
-        rates=(5e-4, 1e-3, 2e-3),
+        rates=(1e-3, 2e-3, 4e-3),
         cut=_part_of("wiki2", 300_000, 100_000),
     ),
     "khop": Setting(
