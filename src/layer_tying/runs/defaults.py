@@ -8,7 +8,8 @@ from layer_tying.errors import InputError
 from layer_tying.runs.config import TrainConfig, first_difference
 
 OPEN: tuple[object, ...] = (None, "", "auto", ())  # what a setting is that was left open
-SOURCE = ("policy", "source", "permute", "task", "nlayers", "every")  # what these depend on
+# What decides which tyings are taken from the run that --from names.
+SOURCE = ("policy", "source", "permute", "task", "nlayers", "every")
 
 
 def settle(config: TrainConfig, **usual: Any) -> TrainConfig:
@@ -52,6 +53,7 @@ def with_changes(saved: TrainConfig, **changes: Any) -> TrainConfig:
     if first_difference(opened, asked) is None:
         return as_saved(saved, asked)
     before, after = saved.flat(), asked.flat()
-    if saved.tying.source and all(before[name] == after[name] for name in SOURCE):
-        return settle(asked, tyings=before["tyings"]) if "tyings" in saved.settled else asked
+    is_same_source = saved.tying.source and all(before[name] == after[name] for name in SOURCE)
+    if is_same_source and "tyings" in saved.settled:
+        return settle(asked, tyings=before["tyings"])
     return asked
