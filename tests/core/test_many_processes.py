@@ -231,3 +231,16 @@ def test_torchrun_says_which_rank_died(tmp_path):
     assert ended.returncode != 0
     assert "process 0 lost another one" in ended.stderr
     assert "failed (exitcode: -9) local_rank: 1" in ended.stderr
+
+
+def wrapped_in_fsdp1() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = Plain()
+    model.blocks[1] = FullyShardedDataParallel(model.blocks[1], device_id=torch.device("cpu"))
+    TiedLayers(model)
+
+
+def test_a_model_in_fsdp1_is_refused():
+    (outcome,) = on_ranks(1, wrapped_in_fsdp1)
+    assert isinstance(outcome, InputError) and "wrapped in FullyShardedDataParallel" in str(outcome)

@@ -208,3 +208,31 @@ def test_the_order_of_the_books_depends_on_the_tying_alone():
             fake_step(each, torch.Generator().manual_seed(step))
     for p, q in zip(wandering.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_layer_comes_back_to_its_group_whoever_ties_the_layers_next():
+    model = Plain()
+    rates = [
+        {"params": block.parameters(), "lr": 0.1 * (i + 1)} for i, block in enumerate(model.blocks)
+    ]
+    rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    optimizer = torch.optim.SGD([*rates, {"params": rest, "lr": 1.0}])
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    TiedLayers(model, optimizer).apply(Tying.all_tied(6))
+    TiedLayers(model, optimizer).apply(Tying.independent(6))
+    assert [len(group["params"]) for group in optimizer.param_groups] == sizes
+    for block, group in zip(model.blocks, optimizer.param_groups, strict=False):
+        assert {id(p) for p in group["params"]} == {id(p) for p in block.parameters()}
+
+
+def test_state_in_tuples_is_copied_and_not_shared():
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters())
+    layers = TiedLayers(model, optimizer)
+    layers.apply(Tying.all_tied(6))
+    for p in model.parameters():
+        optimizer.state[p]["pair"] = (torch.zeros_like(p), 1)
+    layers.apply(Tying.independent(6))
+    for p in model.parameters():
+        optimizer.state[p]["pair"][0].add_(1.0)
+    assert all(optimizer.state[p]["pair"][0].eq(1.0).all() for p in model.parameters())

@@ -237,7 +237,7 @@ def test_residual_outputs_that_no_part_holds_are_refused():
     assert len(parts_of(model)) == 1
     model = in_double()
     tie(model, "cycle", 2, untied=ATTENTION, **options)
-    tie(model, "cycle", 3, untied=FEED_FORWARD)
+    tie(model, "none", untied=FEED_FORWARD)
     with pytest.raises(InputError, match=r"mlp.c_proj is one of the residual outputs, and not of"):
         TiedLayers(model, untied=[*FEED_FORWARD, "mlp.c_proj.*"])  # the first part's to scale, then
 
@@ -287,3 +287,14 @@ def test_layers_that_were_changed_since_go_on_as_they_were_tied():
     assert layers.mixtures is not None
     assert len(parts_of(model)) == 1
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+def test_what_layers_share_cannot_be_left_out_of_the_tying():
+    model = in_double()
+    layers = tie(model, "all")
+    with pytest.raises(InputError, match=r"h\.1\.ln_1\.weight is shared by the tying in force"):
+        TiedLayers(model, untied=["ln_*"])
+    layers.apply(Tying.independent(6))
+    assert tie(model, "all", untied=["ln_*"]).tying == Tying.all_tied(6)
+    blocks = model.transformer.h
+    assert blocks[0].ln_1.weight is not blocks[1].ln_1.weight

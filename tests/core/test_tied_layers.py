@@ -287,3 +287,36 @@ def test_training_goes_on_where_memory_ran_out_for_one_of_the_copies(monkeypatch
 def test_a_text_where_patterns_are_wanted_is_refused(name):
     with pytest.raises(InputError, match=rf"{name} is a list.*: write \['\*norm\*'\]"):
         TiedLayers(Plain(), **{name: "*norm*"})
+
+
+def test_a_copy_that_runs_out_of_memory_leaves_nothing_in_the_optimizer(monkeypatch):
+    model = Plain()
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = TiedLayers(model, optimizer)
+    layers.apply(Tying.all_tied(6))
+    train_step(model, optimizer)
+    clone, cloned = torch.Tensor.clone, []
+
+    def clone_some(tensor, *args, **options):
+        cloned.append(tensor)
+        if len(cloned) > 5:
+            raise torch.OutOfMemoryError("no room")
+        return clone(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone_some)
+    with pytest.raises(torch.OutOfMemoryError):
+        layers.apply(Tying.independent(6))
+    monkeypatch.undo()
+    layers.verify()
+    assert_books_agree(model, optimizer)
+    optimizer.state_dict()
+    train_step(model, optimizer)
+    layers.apply(Tying.independent(6))
+    layers.verify()
+
+
+def test_a_pattern_of_residual_outputs_that_is_the_name_of_nothing_is_refused():
+    with pytest.raises(
+        InputError, match=r"'mlp.c_prj' is the name of no module in transformer.h.0"
+    ):
+        TiedLayers(gpt2(), residual_outputs=["attn.c_proj", "mlp.c_prj"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import Plain, gpt2, llama, loss_of, t5
 
 from layer_tying.core.tied_layers import TiedLayers, tie
@@ -71,4 +72,27 @@ def test_what_no_weights_can_show_is_refused():
     model = Plain()
     tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=["attention"])
     with pytest.raises(InputError, match="cannot be put into its weights"):
+        untied_copy(model)
+
+
+@pytest.mark.parametrize(
+    "outputs", [["attn.resid_dropout", "mlp.dropout"], ["mlp.act", "attn.c_proj"]]
+)
+def test_a_scale_that_would_be_lost_is_refused(outputs):
+    model = gpt2()
+    tie(model, "all", residual_scaling=1.0, residual_outputs=outputs)
+    with pytest.raises(InputError, match="is not known to be one linear map"):
+        untied_copy(model)
+
+
+def test_norms_whose_weights_are_offsets_are_no_linear_maps():
+    """Gemma's norms multiply by 1 + weight, so that a factor does not fit into the weight."""
+    config = transformers.Gemma2Config(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, vocab_size=20, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config)
+    outputs = ["post_attention_layernorm", "post_feedforward_layernorm"]
+    tie(model, "all", residual_scaling=1.0, residual_outputs=outputs)
+    with pytest.raises(InputError, match="a Gemma2RMSNorm is not known to be one linear map"):
         untied_copy(model)

@@ -39,7 +39,7 @@ class Traits(NamedTuple):
     """What two layers must have in common to share weights."""
 
     block_class: str
-    parameters: dict[str, str]  # name -> shape, type and whether it trains
+    parameters: dict[str, str]  # name -> shape, type, device and whether it trains
     settings: dict[str, object]  # the switches that make equal shapes compute different things
 
 
@@ -92,6 +92,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
             "later: make DynamicTying with the bare model first, then wrap it (accelerator.prepare "
             "wraps too)"
         )
+    if any(_class_name(module) == "FullyShardedDataParallel" for module in model.modules()):
+        raise InputError(
+            "the model is wrapped in FullyShardedDataParallel, which keeps its own handles to the "
+            "weights and would not notice that they are exchanged: shard it with "
+            "layer_tying.shard_tied_layers instead"
+        )
 
 
 def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
@@ -112,6 +118,11 @@ def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 
 def _search(model: nn.Module, untied: Sequence[str]) -> str:
+    if isinstance(model, (nn.ModuleList, nn.Sequential)):
+        raise InputError(
+            f"the model is itself a {type(model).__name__}: hold the list of its layers in a "
+            f"module, so that the list has a name"
+        )
     lists = dict(_lists(model))
     equal = [name for name, blocks in lists.items() if _alike(blocks, untied)]
     candidates = equal or list(lists)
@@ -202,7 +213,7 @@ def _check_untied(names: Sequence[str], blocks: Sequence[nn.Module], untied: Seq
 
 def _traits(block: nn.Module, untied: Sequence[str]) -> Traits:
     parameters = {
-        name: f"{tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        name: f"{tuple(p.shape)} {p.dtype} on {p.device}{'' if p.requires_grad else ', frozen'}"
         for name, p in block.named_parameters(remove_duplicate=False)
         if not _is_untied(name, untied)
     }

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from layer_tying.core.distributed import held_here, is_sharded
 from layer_tying.core.find import MIXTURE, LayerStack, Slot
 from layer_tying.core.gather import replicated_as
-from layer_tying.core.optimizer_state import OptimizerState
+from layer_tying.core.optimizer_state import remove_from
 from layer_tying.core.tying import Tying
 from layer_tying.core.weight_access import read_mixed, stored
 from layer_tying.errors import InputError
@@ -161,7 +161,7 @@ def _holds_vectors(optimizer: Optimizer) -> bool:
 def _add_group(mixtures: Mixtures, optimizer: Optimizer) -> None:
     refuse_schedulers([optimizer])
     first = optimizer.param_groups[0]
-    OptimizerState(optimizer).remove(mixtures.named())
+    remove_from(optimizer, mixtures)
     optimizer.add_param_group(
         {
             "params": list(mixtures.named().items() if "param_names" in first else mixtures),

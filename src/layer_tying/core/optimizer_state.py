@@ -8,8 +8,10 @@ a transition and adds those that are live after it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from itertools import compress
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,29 +20,37 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layer_tying.errors import InvariantError
 
+# By optimizer and model: the index of the group that each name's parameter is in, or was in last.
+_groups_of: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, dict[str, int]]]
+_groups_of = WeakKeyDictionary()
+
 
 class OptimizerState:
     """The layers' entries in one optimizer.
 
     A name's group is remembered while its layer is tied, so that a parameter which comes back is
-    treated as it was before: decayed or not, its learning rate.
+    treated as it was before: decayed or not, its learning rate. It is remembered for as long as the
+    model and the optimizer exist, whoever ties the layers next.
+
+    Args:
+        optimizer: it is kept in step.
+        model: whose layers they are.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self.optimizer = optimizer
-        self._group_of: dict[str, int | None] = {}
+        of_models = _groups_of.setdefault(optimizer, WeakKeyDictionary())
+        self._remembered = of_models.setdefault(model, {})
+        self._group_of: dict[str, int | None] = {**self._remembered}
 
     def remove(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note each name's group and remove the parameters from the groups; their state stays."""
         groups = self.optimizer.param_groups
         index_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        for name, parameter in parameters.items():
-            self._group_of[name] = index_of.get(id(parameter))
-        taken = {id(p) for p in parameters.values()}
-        for group in groups:
-            stays = [id(p) not in taken for p in group["params"]]
-            for key in _columns(group):
-                group[key][:] = compress(group[key], stays)
+        found = {name: index_of.get(id(parameter)) for name, parameter in parameters.items()}
+        self._group_of |= found
+        self._remembered |= {name: index for name, index in found.items() if index is not None}
+        remove_from(self.optimizer, parameters.values())
 
     def add(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
         """Add the parameters to the groups their names had, in the order given.
@@ -95,6 +105,15 @@ class OptimizerState:
             self.optimizer.state[target] = _cloned(self.optimizer.state[source])
 
 
+def remove_from(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Take parameters out of an optimizer's groups; their state stays."""
+    taken = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        stays = [id(p) not in taken for p in group["params"]]
+        for key in _columns(group):
+            group[key][:] = compress(group[key], stays)
+
+
 def _columns(group: Mapping[str, object]) -> list[str]:
     """What a group has one of for each parameter: itself and, in some optimizers, its name."""
     return [key for key in ("params", "param_names") if key in group]
@@ -111,4 +130,4 @@ def _cloned(state: object) -> object:
         return {key: _cloned(value) for key, value in state.items()}
     if isinstance(state, list):
         return [_cloned(value) for value in state]
-    return state
+    return copy.deepcopy(state)

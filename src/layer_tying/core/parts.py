@@ -22,7 +22,7 @@ from layer_tying.core.tying_settings import (
     remember_settings,
     settings_of,
 )
-from layer_tying.core.weight_access import mixed_or_scaled
+from layer_tying.core.weight_access import mixed_or_scaled, tying_in_use
 from layer_tying.errors import InputError
 
 WHICH = ("layers", "untied", "by_kind")  # the settings that say which part is meant
@@ -100,6 +100,16 @@ def _refuse_to_leave_out(
                 f"{name} is mixed or scaled by the tying in force, and untied=... would leave it "
                 f"out: name the parameters that were tied together"
             )
+    kept = _slots(stack)
+    for other in filter(None, before.values()):
+        owners = tying_in_use(other).owners
+        for layer, slots in enumerate(other.slots):
+            lost = next((name for name, slot in slots.items() if slot not in kept), None)
+            if lost and owners[layer] != layer:
+                raise InputError(
+                    f"{other.names[layer]}.{lost} is shared by the tying in force, and untied=... "
+                    f"would leave it so: untie these layers first"
+                )
     if len(before) > 1 and any(part.mixes for part in before):
         raise InputError("parts of the layers mix their weights: they cannot become one part again")
 

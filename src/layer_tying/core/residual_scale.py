@@ -8,7 +8,7 @@ in bounds; dividing the initial weights instead does so for a while only, and ga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -31,7 +31,7 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
     found = []
     for layer, block in zip(stack.names, stack.blocks, strict=True):
         named = [(name, module) for name, module in block.named_modules() if name]
-        mine = [m for name, m in named if any(fnmatch(name, pattern) for pattern in outputs)]
+        mine = [m for name, m in named if any(fnmatchcase(name, pattern) for pattern in outputs)]
         if not mine:
             raise InputError(
                 f"{layer} has no module named {' or '.join(outputs) or 'as a residual output'}: "
@@ -40,6 +40,17 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
             )
         found.append(mine)
     return found
+
+
+def check_named(stack: LayerStack, outputs: Sequence[str]) -> None:
+    """Raise an InputError if a pattern is the name of no module: a slip of the pen."""
+    names = {name for block in stack.blocks for name, _ in block.named_modules() if name}
+    for pattern in outputs:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"residual_outputs {pattern!r} is the name of no module in {stack.names[0]} or the "
+                f"other layers; there are {', '.join(sorted(names))}"
+            )
 
 
 def factors(tying: Tying, power: float) -> list[float]:

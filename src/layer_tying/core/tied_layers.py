@@ -23,7 +23,7 @@ from layer_tying.core.distributed import held_here
 from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
 from layer_tying.core.optimizer_state import OptimizerState
 from layer_tying.core.patterns import pattern
-from layer_tying.core.residual_scale import factors
+from layer_tying.core.residual_scale import check_named, factors
 from layer_tying.core.tying import Rules, Tying, storage_sources
 from layer_tying.core.tying_settings import (
     forget_settings,
@@ -95,11 +95,12 @@ class TiedLayers:
     ) -> None:
         self.settings, self.stack = parts.settings_of_part(model, options)
         settings = self.settings
+        check_named(self.stack, options.get("residual_outputs", ()))
         parts.check_residual_outputs(self.stack, settings)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        self._states = [OptimizerState(each) for each in optimizers]
+        self._states = [OptimizerState(each, model) for each in optimizers]
         self._remove_from_optimizers()
         self._add_to_optimizers()
         self.mixtures = self._mixtures() if settings.mixes else None
@@ -227,14 +228,18 @@ class TiedLayers:
 
     def _copy(self, parameters: Parameters) -> Parameters:
         """New parameters of equal values, one for each distinct one, with their state."""
+        distinct = {id(parameter): parameter for parameter in parameters.values()}
         copies: dict[int, nn.Parameter] = {}
-        for parameter in parameters.values():
-            if id(parameter) not in copies:
+        try:
+            for identity, parameter in distinct.items():
                 copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                copies[id(parameter)] = copy
-                if self._copies_state():
-                    for state in self._states:
-                        state.copy(parameter, copy)
+                copies[identity] = copy
+                for state in self._states if self._copies_state() else ():
+                    state.copy(parameter, copy)
+        except BaseException:  # no layer will use them
+            for state in self._states:
+                state.drop(copies.values())
+            raise
         return {name: copies[id(parameter)] for name, parameter in parameters.items()}
 
     def _owned(self) -> Parameters:

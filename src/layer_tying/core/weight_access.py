@@ -42,6 +42,12 @@ from layer_tying.errors import InputError
 FACTOR = "_residual_factor"  # where a scaled module keeps its factor, a 0-dimensional tensor
 SETS = "_mixture_sets"  # where a mixing module keeps, by attribute, the slots of the stored weights
 _plain_class: dict[type[nn.Module], type[nn.Module]] = {}
+# Modules whose output is linear in all of their parameters together: a factor fits into those.
+LINEAR = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+LINEAR_BY_NAME = ("Conv1D",)  # of transformers, which is not imported here
 Ways = tuple[tuple[str, str], ...]  # attribute -> way of reading, for those not read as they are
 
 
@@ -190,10 +196,18 @@ def _factors(layer: str, block: nn.Module) -> dict[str, Any]:
         factor = module.__dict__.get(FACTOR)
         if factor is None:
             continue
-        if any(True for _ in module.children()):
-            raise InputError(f"the scale of {path} cannot be put into its weights")
+        is_linear = isinstance(module, LINEAR) or _plain_name(module) in LINEAR_BY_NAME
+        if not is_linear or any(True for _ in module.children()):
+            raise InputError(
+                f"the scale of {path} cannot be put into its weights, as a {_plain_name(module)} "
+                f"is not known to be one linear map: name linear maps in residual_outputs"
+            )
         factors |= {f"{path}.{name}": factor for name in module._parameters}
     return factors
+
+
+def _plain_name(module: nn.Module) -> str:
+    return _plain_class.get(type(module), type(module)).__qualname__
 
 
 def _detached(module: nn.Module, attribute: str) -> Tensor:

@@ -215,9 +215,6 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         "image",
         _vit,
-        residual_outputs=(  # transformers has had both names
-            *("attention.o_proj", "mlp.fc2"),
-            *("attention.output.dense", "output.dense"),
-        ),
+        residual_outputs=("attention.o_proj", "mlp.fc2"),
     ),
 }
