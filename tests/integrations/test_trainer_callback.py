@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -357,3 +358,34 @@ def test_a_policy_that_learns_from_training_losses_needs_the_models(tmp_path):
     run = trainer(tmp_path, callback(policy=FromLosses()), label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="label_smoothing_factor"):
         run.train()
+
+
+def test_a_model_made_anew_is_tied_anew(tmp_path):
+    """As in a search for hyperparameters, which calls model_init for each trial."""
+    ours = callback(policy="mixture")
+    torch.manual_seed(0)
+    run = Trainer(
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[]),
+        model_init=partial(gpt2, 6),
+        train_dataset=Sequences(),
+        callbacks=[ours],
+    )
+    found = []
+    for _ in range(2):
+        run.train()
+        layers = ours.dynamic.layers
+        found.append(
+            (layers.tying, layers.settings, sum(p.numel() for p in run.model.parameters()))
+        )
+    assert found[0] == found[1]
+    assert found[0][0].num_independent == 2 and found[0][1].residual_scaling == 1.0
+
+
+def test_a_checkpoint_of_training_once_more_is_resumed_elsewhere(tmp_path):
+    once = trainer(tmp_path, callback(policy="mixture"), save_steps=4)
+    once.train()
+    once.args.max_steps = 8
+    once.train()
+    elsewhere = trainer(tmp_path, callback(policy="mixture"), model_seed=1, max_steps=8)
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_equal(weights(elsewhere), weights(once))

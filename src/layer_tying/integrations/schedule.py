@@ -41,8 +41,10 @@ def joining(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
     def like_the_first(step: int) -> float:  # no state of a function is saved or loaded
         return first(step)
 
-    for number, group in enumerate(optimizer.param_groups[len(known) :], len(known)):
-        group[INITIAL_RATE] = group[FACTOR_KEY] * initial[0]
-        group["lr"] = group[INITIAL_RATE] * first(scheduler.last_epoch)
-        scheduler.base_lrs[number:] = [group[INITIAL_RATE]]  # a resumed scheduler has it already
-        scheduler.lr_lambdas[number:] = [like_the_first]
+    for number, group in enumerate(optimizer.param_groups):
+        if number >= len(known):
+            group[INITIAL_RATE] = group[FACTOR_KEY] * initial[0]
+            group["lr"] = group[INITIAL_RATE] * first(scheduler.last_epoch)
+            scheduler.base_lrs[number:] = [group[INITIAL_RATE]]  # a resumed one has it already
+        if FACTOR_KEY in group:
+            scheduler.lr_lambdas[number:] = [like_the_first]

@@ -92,7 +92,8 @@ class DynamicTyingCallback(TrainerCallback):
                 f"{type(policy).__name__} does not"
             )
         self._options: dict[str, Any] = {"policy": policy, "every": every, **options}
-        self._run = uuid.uuid4().hex  # tells this run's checkpoints from others'
+        self._run = ""  # tells this run's checkpoints from others'
+        self._sizes: list[int] = []  # of the optimizer's groups, as it was made
         self._losses: list[Tensor] = []  # of the batches since the last optimizer step
         self._are_shares = False  # of a batch's loss, to be added up, not averaged
         self._hooks: list[Any] = []
@@ -114,28 +115,32 @@ class DynamicTyingCallback(TrainerCallback):
         _refuse_devices(args, model)
         if self._options["policy"].reward == "evaluation":
             refuse_reward(args, self._reward, at_hand["train_dataloader"])
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        is_known = self.dynamic is not None and self.dynamic.layers.stack.model is model
+        options = {**self._options}
+        if is_known:  # the Trainer trains it once more
+            options["initial"] = "keep"
+        else:
+            self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         saved = _saved_with(args, state)
         if saved:
-            self._options |= _as_saved(saved)
-            self._run = saved.facts["run"]
-        make = partial(DynamicTying, model, optimizer, total_steps=state.max_steps, **self._options)
+            options |= _as_saved(saved)
+        make = partial(DynamicTying, model, optimizer, total_steps=state.max_steps, **options)
         if self._options["policy"].mixes:
             with joining(optimizer, at_hand["lr_scheduler"]):
                 self.dynamic = make()
         else:
             self.dynamic = make()
-        self._options["initial"] = "keep"  # if the Trainer trains once more
         if saved:
+            self._run = saved.facts["run"]
             training = saved.training_state()
             saved.load_weights(model)
             training_state.load_optimizer_state_by_name(model, optimizer, training["optimizer"])
             self.dynamic.load_state_dict(training["tying"])
             self.dynamic.layers.verify()
         else:
-            self._run = distributed.from_rank_0(self._run)
+            self._run = distributed.from_rank_0(uuid.uuid4().hex)
             self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
-        self._attach(model, optimizer, sizes)
+        self._attach(model, optimizer)
         self._is_training = True
 
     def on_step_end(
@@ -198,7 +203,7 @@ class DynamicTyingCallback(TrainerCallback):
     def _log(self, state: TrainerState, **entry: Any) -> None:
         state.log_history.append({**entry, "step": state.global_step})
 
-    def _attach(self, model: nn.Module, optimizer: Optimizer, sizes: list[int]) -> None:
+    def _attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Note training losses, and make the state dicts such that the Trainer can save them."""
         assert self.dynamic
         for hook in self._hooks:
@@ -207,7 +212,7 @@ class DynamicTyingCallback(TrainerCallback):
             model.register_state_dict_post_hook(
                 partial(_give_each_layer_its_own, self.dynamic.layers.stack)
             ),
-            optimizer.register_state_dict_post_hook(partial(_leave_out_state, sizes)),
+            optimizer.register_state_dict_post_hook(partial(_leave_out_state, self._sizes)),
         ]
         if self.dynamic.policy.reward == "training_loss":
             hook = model.register_forward_hook(self._note_loss, with_kwargs=True)
@@ -302,8 +307,11 @@ def _give_each_layer_its_own(
         return  # who asks for parameters wants to see which are shared
     seen: set[int] = set()
     for name, weight in weights_as_read(stack):
-        state[prefix + name] = weight.clone() if weight.data_ptr() in seen else weight
-        seen.add(weight.data_ptr())
+        stored = state[prefix + name]
+        is_new = weight.data_ptr() != stored.data_ptr() or weight.data_ptr() in seen
+        # On the CPU, since the training device may have room for the shared weights only.
+        state[prefix + name] = weight.to("cpu", copy=True) if is_new else stored
+        seen.add(stored.data_ptr())
     for name in [name for name in state if name.endswith(MIXTURE)]:
         del state[name]
 
