@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_models import gpt2
+from tiny_models import Plain, gpt2
 from torch import nn
 
 import layer_tying
@@ -401,3 +401,21 @@ def test_state_is_plain_json(tmp_path):
     state = json.loads((save(tmp_path) / "state.json").read_text())
     assert state["owners"] == [0, 0, 2, 2]
     assert state["step"] == 7
+
+
+def test_a_state_that_no_checkpoint_holds_is_named(tmp_path):
+    model = Plain()
+    training = {"optimizer": {"h.0.weight": {"projector": object()}}}
+    folder, tying = tmp_path / "step-00000001", Tying.independent(6)
+    with pytest.raises(InputError, match=r"optimizer/h\.0\.weight/projector of type object"):
+        save_checkpoint(folder, model, tying, step=1, config={}, training=training)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_has_replaced_comes_back(tmp_path):
+    """Killed between the two renames, it leaves only the old one, under its temporary name."""
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "state.json").touch()
+    (tmp_path / ".best.tmp").mkdir()
+    keep_newest(tmp_path, 2)
+    assert [each.name for each in tmp_path.iterdir()] == ["best"]

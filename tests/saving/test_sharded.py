@@ -107,3 +107,17 @@ def test_what_is_torn_or_of_another_model_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         save_sharded(tmp_path / "file" / "saved", layers)
+
+
+def test_state_that_no_checkpoint_holds_is_refused_before_anything_is_written(tmp_path):
+    model, optimizer, _, layers = made("AdamW")
+    optimizer.state[next(model.parameters())]["history"] = [torch.ones(2)]
+    with pytest.raises(InputError, match=r"the optimizer's .*/history of type list"):
+        save_sharded(str(tmp_path / "saved"), layers)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_foreign_state_is_no_checkpoint(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
+        load_sharded(str(tmp_path), made("AdamW")[3])

@@ -196,6 +196,10 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def keep_newest(folder: Path, number: int) -> None:
     """Delete all but the newest ``step-N`` checkpoints, and what a killed save has left."""
+    for old in folder.glob(".*.old"):
+        name = old.name.removeprefix(".").removesuffix(".old")
+        if not (folder / name).exists():  # killed between the two renames of replace_folder
+            old.rename(folder / name)
     leftovers = [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
     for old in sorted(folder.glob("step-*"))[:-number] + leftovers:
         shutil.rmtree(old, ignore_errors=True)

@@ -69,8 +69,11 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
             f"for it: use the compact format"
         )
     if dtype == torch.int8:
-        raise InputError("int8 is a type of compact exports only: from_pretrained knows no scales")
-    _refuse_the_other_format(Path(folder), COMPACT)
+        raise InputError(
+            "int8 is a type of compact exports only, as from_pretrained knows no scales: take the "
+            "compact format (--format compact), or another type (--export-dtype bf16)"
+        )
+    refuse_other_contents(Path(folder), COMPACT)
     declared = model.all_tied_weights_keys  # embeddings and head: transformers stores them once
     stored, aliases = _stored_and_aliases(model, dtype)
     as_read = _as_read(model, dtype)
@@ -78,7 +81,7 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
     def write() -> None:
         for name, stored_name in aliases.items():
             tensor = stored[stored_name]
-            stored[name] = tensor if name in declared else tensor.clone()
+            stored[name] = tensor if name in declared else tensor.to("cpu", copy=True)
         plain = {n: tensor for n, tensor in stored.items() if not n.endswith(MIXTURE)} | as_read
         was = model.config.dtype
         try:
@@ -112,7 +115,7 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
             module is still mixed or scaled by an earlier tying that covered more of the model.
     """
     _check_recorded(model)
-    _refuse_the_other_format(Path(folder), *PLAIN)
+    refuse_other_contents(Path(folder), *PLAIN)
     stored, aliases = _stored_and_aliases(model, dtype)
     metadata = {METADATA: json.dumps(aliases), SETTINGS: _settings_now(model).to_json()}
 
@@ -133,8 +136,19 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
     _once(model, write)
 
 
-def _refuse_the_other_format(folder: Path, *files: str) -> None:
-    """A folder holds one model: which of two a reader takes depends on the reader."""
+def refuse_other_contents(folder: Path, *files: str) -> None:
+    """Check that an export may be written into a folder.
+
+    Args:
+        folder: it need not exist.
+        files: the weights of a model in the other format. A folder holds one model: which of two a
+            reader takes depends on the reader.
+
+    Raises:
+        InputError: if there is one of these files, or the folder is that of a run.
+    """
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder} holds a run, which an export would damage: name another folder")
     if found := [name for name in files if (folder / name).exists()]:
         raise InputError(
             f"{folder} holds {found[0]}, the weights of a model in another format: name another "
@@ -175,7 +189,7 @@ def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     _check_among(changed, {module for block in blocks for module in block.modules()})
     is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
     return {
-        name: weight.to(dtype or weight.dtype, copy=True).contiguous()
+        name: weight.to("cpu", dtype or weight.dtype, copy=True).contiguous()
         for stack in stacks
         for name, weight in weights_as_read(stack)
         if is_kept

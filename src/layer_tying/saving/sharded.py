@@ -42,7 +42,7 @@ STATE = "state.json"
 MODEL, OPTIMIZER, TRAINING = "model/", "optimizer/", "training"  # how the tensors' names begin
 
 
-def save_sharded(folder: Path, layers: TiedLayers, training: Any = None) -> None:
+def save_sharded(folder: str | Path, layers: TiedLayers, training: Any = None) -> None:
     """Write a checkpoint, whole or not at all; every process calls it.
 
     Args:
@@ -53,8 +53,10 @@ def save_sharded(folder: Path, layers: TiedLayers, training: Any = None) -> None
             tensors and JSON-able values, such as ``DynamicTying.state_dict()``.
 
     Raises:
-        InputError: on all processes, if it cannot be written.
+        InputError: on all processes, if it cannot be written, or the optimizer's state is more than
+            tensors and JSON-able values.
     """
+    folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     tensors: dict[str, Tensor] = {}
     tree = split_tree(training, tensors, TRAINING)
@@ -63,8 +65,13 @@ def save_sharded(folder: Path, layers: TiedLayers, training: Any = None) -> None
     for name, value in _optimizer_state(layers).items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        else:
+        elif value is None or isinstance(value, (bool, int, float, str)):
             settings[name] = value
+        else:
+            raise InputError(
+                f"cannot save the optimizer's {name.removeprefix(OPTIMIZER)} of type "
+                f"{type(value).__name__}: sharded checkpoints hold its tensors, numbers and texts"
+            )
     state = {"owners": list(layers.tying.owners), "training": tree, "optimizer": settings}
     on_rank_0(partial(_start, temporary))
     try:
@@ -76,7 +83,7 @@ def save_sharded(folder: Path, layers: TiedLayers, training: Any = None) -> None
     on_rank_0(partial(_finish, temporary, folder, json.dumps(state)))
 
 
-def load_sharded(folder: Path, layers: TiedLayers) -> Any:
+def load_sharded(folder: str | Path, layers: TiedLayers) -> Any:
     """Tie the layers as they were saved, and load weights and optimizer state.
 
     Every process calls it, and there may be any number of them.
@@ -92,13 +99,14 @@ def load_sharded(folder: Path, layers: TiedLayers) -> Any:
         InputError: if there is no whole checkpoint, or it is of another model; then nothing has
             changed, unless a file of weights turns out to be damaged.
     """
+    folder = Path(folder)
     try:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        tying = Tying(tuple(saved["owners"]))
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # torch's reader raises whatever a damaged file leads to
         raise InputError(f"{folder} is not a whole checkpoint: {one_line(error)}") from None
     facts = {n: each for n, each in stored.items() if isinstance(each, TensorStorageMetadata)}
-    tying = Tying(tuple(saved["owners"]))
     _check_fit(folder, facts, layers, tying)
     layers.apply(tying)
     training = {n: _empty(each) for n, each in facts.items() if n.startswith(TRAINING)}

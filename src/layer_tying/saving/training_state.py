@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from layer_tying.core.distributed import is_sharded
 from layer_tying.core.gather import sharded_as
+from layer_tying.errors import InputError
 
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
@@ -82,6 +83,9 @@ def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """The tree as JSON-able values, its tensors put aside under their paths.
 
     Dictionaries become lists of pairs, since an optimizer's keys are integers.
+
+    Raises:
+        InputError: if it holds something else, such as an object of an optimizer.
     """
     if isinstance(tree, Tensor):
         while path in tensors:  # of the keys "a/b", and "a" with "b" in it
@@ -92,7 +96,12 @@ def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return {"pairs": [[k, split_tree(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)):
         return {"list": [split_tree(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
-    return {"value": tree}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return {"value": tree}
+    raise InputError(
+        f"cannot save {path.lstrip('/')} of type {type(tree).__name__}: a checkpoint holds "
+        f"tensors, numbers and texts, in lists and dictionaries"
+    )
 
 
 def copied_where_shared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
