@@ -45,8 +45,8 @@ class DynamicTying:
         optimizer: the model's optimizer (or several); it is kept in step with the tying.
         policy: who decides: a name of ``POLICIES``, or a policy object. ``"dqn"`` is the paper's
             agent, with the paper's start.
-        total_steps: the length of the run in optimizer steps; for policies that settle towards its
-            end, which those of ``POLICIES`` do only if they are told to.
+        total_steps: the length of the run in optimizer steps, which a policy needs that settles
+            before its end (``settles`` between 0 and 1).
         every: k, the number of optimizer steps from one decision to the next.
         initial: the tying to start from; by default the policy chooses, and shared weights are
             scaled as it wants them. The weights of all other layers are dropped. A ``Tying`` or a

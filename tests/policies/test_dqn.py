@@ -302,3 +302,12 @@ def test_the_agent_solves_a_toy_tying_problem(owners, seed):
 def test_the_random_policy_does_not(owners):
     with pytest.raises(AssertionError):
         check_that_it_finds_the_tying(RandomPolicy(), Tying(owners))
+
+
+def test_it_learns_where_the_caller_has_switched_gradients_off():
+    """As in an evaluation function under torch.no_grad(), which calls learn."""
+    expected = learn_a_little(dqn(4))
+    with torch.no_grad():
+        assert learn_a_little(dqn(4)) == expected
+    with torch.inference_mode():
+        assert learn_a_little(dqn(4)) == expected

@@ -112,7 +112,7 @@ class DQN(Policy):
         """Begin a run with a new Q-network."""
         self.rules = rules
         self.epsilon = self.first_epsilon
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed GPUs too
             self.network = QNetwork(len(rules.kinds))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
@@ -143,7 +143,7 @@ class DQN(Policy):
         becomes NaN.
         """
         if reward is not None and abs(reward) < LARGEST_REWARD:
-            with torch.device("cpu"):
+            with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
                 self._update(state, action, reward, next_state)
         self.epsilon = max(self.epsilon_decay * self.epsilon, self.epsilon_min)
 
