@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from small_runs import in_process, lines_of, run_command, signal_at, small, write_text
 
-from layer_tying import TiedLayers, load
+from layer_tying import InputError, TiedLayers, load
 from layer_tying.cli import main
 from layer_tying.compression.run import compress_run
 from layer_tying.compression.settings import (
@@ -21,9 +22,10 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
-from layer_tying.compression.source import open_model
+from layer_tying.compression.source import _as_numbered_by, open_model
 from layer_tying.core.find import find_layers
-from layer_tying.runs.config import OptimizationConfig
+from layer_tying.data.images import load_images
+from layer_tying.runs.config import OptimizationConfig, read_config
 from layer_tying.runs.train import Interrupted, train
 from layer_tying.saving.export import export_expanded
 from layer_tying.saving.export_run import tokenizer_of
@@ -208,7 +210,7 @@ def test_bad_input_ends_in_one_line(here, tmp_path, capsys):
 
 def test_images_that_do_not_fit_are_refused(here, tmp_path, capsys):
     usual = ("--output", tmp_path / "small", "--layers", "2", *FLAGS)
-    for size, says in ((8, "in 2 classes, and the model tells 10"), (12, "12 x 12 pixels")):
+    for size, says in ((8, "in 2 classes, and the model tells 10"), (12, "of 12 x 12 x 1")):
         x = np.random.default_rng(0).integers(256, size=(40, size, size, 1), dtype=np.uint8)
         file = tmp_path / f"{size}.npz"
         np.savez(file, x_train=x, y_train=np.arange(40) % 2, x_test=x, y_test=np.arange(40) % 2)
@@ -238,16 +240,16 @@ def test_a_model_without_tokenizer_or_with_nan_is_refused(here, tmp_path, capsys
 def test_a_folder_with_a_compression_is_not_overwritten_unasked(small_one, here, capsys):
     usual = ("--output", here / "small", "--data", here / "text.txt", "--layers", "2", *FLAGS)
     model = here / "runs" / "gpt2"
+    choice = (here / "small" / "run" / "choice.json").read_bytes()
     assert "holds a run" in complaint(capsys, model, *usual)
     line = complaint(capsys, model, *usual, "--resume", "--temperature", "2")
-    assert "another configuration" in line
+    assert "temperature is 1.0 in the saved one and 2.0 in the other" in line
+    assert (here / "small" / "run" / "choice.json").read_bytes() == choice
     assert "contradict" in complaint(capsys, model, *usual, "--resume", "--overwrite")
 
 
 def test_weights_that_have_changed_meanwhile_are_noticed(here, tmp_path):
     """The choice was measured on other weights than those that are there now."""
-    from layer_tying import InputError
-
     shutil.copytree(here / "plain", tmp_path / "plain")
     options = config(here, tmp_path / "small", source=str(tmp_path / "plain"))
     assert in_process(compress_until, options, "step", 5, signal.SIGKILL) < 0
@@ -257,6 +259,74 @@ def test_weights_that_have_changed_meanwhile_are_noticed(here, tmp_path):
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(InputError, match="no longer those"):
         compress_run(options, resume=True)
+
+
+def test_data_that_have_changed_meanwhile_are_noticed(here, tmp_path):
+    shutil.copy(here / "text.txt", tmp_path / "text.txt")
+    options = config(here, tmp_path / "small", dataset=str(tmp_path / "text.txt"))
+    assert in_process(compress_until, options, "step", 5, signal.SIGKILL) < 0
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:40] + text)
+    with pytest.raises(InputError, match=r"the data in .*text\.txt are no longer those"):
+        compress_run(options, resume=True)
+
+
+def test_a_model_is_found_again_where_it_lies_now(here, tmp_path):
+    options = config(here, tmp_path / "small")
+    assert in_process(compress_until, options, "step", 5, signal.SIGKILL) < 0
+    elsewhere = replace(options, source=f"{options.source}/", data_dir=str(here))
+    assert compress_run(elsewhere, resume=True)["steps"] == 20
+
+
+def test_what_cannot_be_done_is_said_before_anything_is(here, tmp_path, capsys):
+    """A budget, other people's files and runs, and a saved configuration that is damaged."""
+    model, small = here / "runs" / "gpt2", tmp_path / "small"
+    usual = ("--data", here / "text.txt", "--layers", "2", *FLAGS)
+    one = ("--data", here / "text.txt", "--layers", "1", *FLAGS, "--output", small)
+    assert "two independent layers or more" in complaint(capsys, model, *one)
+    assert not small.exists()
+    small.mkdir()
+    (small / "README.md").write_text("mine")
+    assert "holds README.md" in complaint(capsys, model, *usual, "--output", small)
+    bert = here / "runs" / "bert"
+    assert "holds a run" in complaint(capsys, model, *usual, "--output", bert, "--overwrite")
+    read_config(bert)
+    (small / "run").mkdir()
+    (small / "run" / "config.json").write_text("{")
+    line = complaint(capsys, model, *usual, "--output", small, "--resume")
+    assert "config.json cannot be used" in line
+    assert (small / "README.md").read_text() == "mine"
+
+
+def test_damaged_weights_and_models_without_a_size_are_one_line(here, tmp_path, capsys):
+    usual = ("--output", tmp_path / "small", "--layers", "2", *FLAGS)
+    shutil.copytree(here / "plain", tmp_path / "plain")
+    file = tmp_path / "plain" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    line = complaint(capsys, tmp_path / "plain", *usual, "--data", here / "text.txt")
+    assert "cannot be loaded" in line
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 10}
+    resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**shape))
+    resnet.save_pretrained(tmp_path / "resnet")
+    line = complaint(capsys, tmp_path / "resnet", *usual, "--data", "digits")
+    assert "cannot share weights" in line or "has no image_size" in line
+
+
+def test_classes_are_told_by_their_names(here):
+    """A model may number its classes in another order than the folders of images have."""
+    images = load_images("digits", None)
+    model = load(here / "runs" / "vit")
+    model.config.id2label = {9 - number: name for number, name in enumerate(images.classes)}
+    found = _as_numbered_by(model, images)
+    assert [found.classes[label] for label in found.y_test] == [
+        images.classes[label] for label in images.y_test
+    ]
+    assert (found.y_test == 9 - images.y_test).all()
+    model.config.id2label[0] = "zero"
+    with pytest.raises(InputError, match="the images have a class '9'"):
+        _as_numbered_by(model, images)
+    model.config.id2label = {number: f"LABEL_{number}" for number in range(10)}
+    assert _as_numbered_by(model, images) is images
 
 
 def test_the_budget_of_bytes_holds_for_the_file(here, tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from layer_tying.cli.experiments import GOING_ON, INTERRUPTED
+from layer_tying.cli.experiments import GOING_ON, INTERRUPTED, checked
 from layer_tying.cli.flags import flag_of, group_of, parse, positional
 from layer_tying.compression.settings import (
     NOT_HERE,
@@ -21,7 +21,6 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
-from layer_tying.errors import InputError
 from layer_tying.runs.config import OptimizationConfig
 
 GROUPS: dict[str, Any] = {
@@ -36,9 +35,7 @@ OWN = ("dataset", "data_dir", "bptt", "batch_size", "export_dtype", "seed")
 
 def compress(arguments: Sequence[str], program: str, help: str) -> int:
     """Make a trained model smaller."""
-    options = parse(_options(), arguments, program, help)
-    if options.resume and options.overwrite:
-        raise InputError("--resume and --overwrite contradict each other: give one of them")
+    options = checked(parse(_options(), arguments, program, help))
     config = _config_of(options)
     from transformers.utils import logging
 

@@ -53,7 +53,7 @@ def write_card(output: Path, summary: Mapping[str, Any]) -> None:
     before, after = (summary[when]["test"] for when in ("before", "after"))
     names = [name for name in SHOWN if name in before]
     card = CARD.format(
-        name=Path(summary["source"]).name,
+        name=Path(summary["source"]).resolve().name,
         independent=summary["independent_layers"],
         layers=summary["num_layers"],
         share=SHARES[summary["sharing"]],

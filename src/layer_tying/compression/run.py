@@ -29,25 +29,32 @@ from layer_tying.compression.sensitivity import (
     number_of_groups,
     reading_from,
 )
-from layer_tying.compression.settings import CHOICE, RUN, CompressConfig
+from layer_tying.compression.settings import CHOICE, RUN, CompressConfig, to_go_on_with
 from layer_tying.core import distributed
 from layer_tying.core.find import find_layers
 from layer_tying.data.tokenizer import Tokenizer
 from layer_tying.errors import InputError
 from layer_tying.events import at
 from layer_tying.files import write_text_whole
+from layer_tying.runs.config import CONFIG
 from layer_tying.runs.devices import make_accelerator
-from layer_tying.runs.folder import RunFolder
+from layer_tying.runs.folder import RunFolder, finite
 from layer_tying.runs.interrupt import stop_requests
 from layer_tying.runs.precision import autocast, usual_precision
 from layer_tying.runs.statistics import Stopwatch, progress_bar
 from layer_tying.runs.summary import environment
 from layer_tying.runs.train import Interrupted
 from layer_tying.saving import checkpoint, training_state
-from layer_tying.saving.export import COMPACT, DTYPES, export_compact
+from layer_tying.saving.export import (
+    COMPACT,
+    DTYPES,
+    PLAIN,
+    export_compact,
+    refuse_other_contents,
+)
 from layer_tying.saving.export_run import tokenizer_of
 from layer_tying.saving.load import load
-from layer_tying.tasks.base import Task
+from layer_tying.tasks.base import Task, is_same_data
 
 KEPT_CHECKPOINTS = 2
 PARTS = 10  # of a run, each of which ends with a validation and a checkpoint
@@ -64,6 +71,7 @@ class Work:
         teacher: the untouched model, on the device.
         task: its data.
         outcome_of: what a model makes of a batch of them.
+        num_groups: as many groups of layers as are within the budget.
         tokenizer: of the text, if it is text.
         clock: where the time goes.
     """
@@ -73,6 +81,7 @@ class Work:
     teacher: PreTrainedModel
     task: Task
     outcome_of: OutcomeOf
+    num_groups: int
     tokenizer: Tokenizer | None
     clock: Stopwatch
 
@@ -99,16 +108,18 @@ def compress_run(
     device = make_accelerator().device
     if distributed.world_size() > 1:
         raise InputError("compress runs in one process: start it without a launcher")
-    config = config.settled(usual_precision(device))
-    teacher = source.open_model(Path(config.source)).to(device)
-    kind = source.kind_of(teacher)
-    tokenizer = tokenizer_of(config.source) if kind.reads_text else None
-    task = kind.task(config, teacher, tokenizer)
     folder = RunFolder(Path(config.output) / RUN)
-    work = Work(config, folder, teacher, task, kind.outcome_of, tokenizer, Stopwatch(device))
+    if resume:
+        config = to_go_on_with(folder.path, config)
+    else:
+        config = config.settled(usual_precision(device))
+    _check_output(Path(config.output), is_known=resume or overwrite)
+    work = _work(config, folder, source.open_model(Path(config.source)).to(device))
     try:
         folder.hold()
-        _begin_or_check(work, resume, overwrite)
+        if not resume:
+            folder.start(config, overwrite)
+            (folder.path / CHOICE).unlink(missing_ok=True)
         chosen = _chosen(work)
         healing = _healing(work, chosen)
         if resume and checkpoint.has_steps(folder.checkpoints):
@@ -121,27 +132,31 @@ def compress_run(
         folder.release()
 
 
-def _begin_or_check(work: Work, resume: bool, overwrite: bool) -> None:
-    """Start the folder, or check that it is of the same compression.
+def _check_output(output: Path, is_known: bool) -> None:
+    """Check that nothing of somebody else's would be replaced.
 
     Raises:
-        InputError: if it holds another one, or the model that it was started from has changed.
+        InputError: if the folder holds the weights of a model, a run, or other files that are not
+            known to be of a compression.
     """
-    path = work.folder.path
-    if not resume:
-        (path / CHOICE).unlink(missing_ok=True)
-        work.folder.start(work.config, overwrite)
-        return
-    if not (path / "config.json").is_file():
-        raise InputError(f"{work.config.output} holds no compression to go on with")
-    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    asked = json.loads(work.config.to_json())
-    for name, value in asked.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"cannot resume {work.config.output} with another configuration: {name} is "
-                f"{saved.get(name)!r} in the saved one and {value!r} in the other"
-            )
+    refuse_other_contents(output, *PLAIN)
+    others = [each.name for each in output.iterdir() if each.name != RUN] if output.is_dir() else []
+    if others and not is_known and not (output / RUN / CONFIG).exists():
+        raise InputError(
+            f"{output} holds {min(others)}: name a new folder, or one that may be written over, "
+            f"with --overwrite"
+        )
+
+
+def _work(config: CompressConfig, folder: RunFolder, teacher: PreTrainedModel) -> Work:
+    """Read the data, and check that there is a tying within the budget."""
+    kind = source.kind_of(teacher)
+    tokenizer = tokenizer_of(config.source) if kind.reads_text else None
+    dtype = DTYPES[config.export_dtype] if config.export_dtype else None
+    num_groups = number_of_groups(config.budget, config.healing, find_layers(teacher), dtype)
+    task = kind.task(config, teacher, tokenizer)
+    clock = Stopwatch(teacher.device)
+    return Work(config, folder, teacher, task, kind.outcome_of, num_groups, tokenizer, clock)
 
 
 def _chosen(work: Work) -> dict[str, Any]:
@@ -152,23 +167,23 @@ def _chosen(work: Work) -> dict[str, Any]:
         chosen = json.loads(file.read_text(encoding="utf-8"))
         if chosen["fingerprint"] != mark:
             raise InputError(f"the weights in {work.config.source} are no longer those of {file}")
+        if not is_same_data(chosen.get("data", work.task.facts), work.task.facts):
+            raise InputError(f"the data in {work.config.dataset} are no longer those of {file}")
         return chosen
     before = {split: work.scores(work.teacher, split) for split in ("validation", "test")}
     work.clock.lap("validate")
-    config = work.config
     stack = find_layers(work.teacher)
-    dtype = DTYPES[config.export_dtype] if config.export_dtype else None
-    number = number_of_groups(config.budget, config.healing, stack, dtype)
     probe = Probe(stack, _probes(work), work.outcome_of)
-    choice = choose(probe, number, config.search.groups)
+    choice = choose(probe, work.num_groups, work.config.search.groups)
     work.clock.lap("decide")
     with reading_from(stack, choice.reading):
         tied = work.scores(work.teacher, "validation")
     chosen = {
         "fingerprint": mark,
+        "data": work.task.facts,
         "seconds": work.clock.seconds["decide"],
         "measurements": probe.count,
-        **_without_infinities(asdict(choice)),
+        **finite(asdict(choice)),
         "before": before,
         "tied": tied,
     }
@@ -331,12 +346,3 @@ def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str
 
 def _number(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has no infinity: layers that are unlike have null for a divergence."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinities(each) for each in value]
-    return None if isinstance(value, float) and math.isinf(value) else value

@@ -6,12 +6,13 @@ The text below a field is the help of its flag of ``layer-tying compress``.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from layer_tying.errors import InputError
-from layer_tying.runs.config import OptimizationConfig
+from layer_tying.runs.config import CONFIG, OptimizationConfig
 from layer_tying.settings import (
     check_at_least,
     check_finite,
@@ -22,6 +23,8 @@ from layer_tying.settings import (
 
 FORMAT = 1
 RUN, CHOICE = "run", "choice.json"  # in the output's folder; in that one
+# What may have moved when a compression goes on: models and data are told by their contents.
+PLACES = ("source", "output", "dataset", "data_dir")
 NOT_HERE = ("epochs", "accumulate", "checkpointing", "compile", "parallel")  # of the optimization
 USUAL: dict[str, Any] = {"lr": 1e-3, "final_lr": 0.0, "max_steps": 2000}  # of the optimization
 
@@ -133,6 +136,36 @@ class CompressConfig:
     def to_json(self) -> str:
         """The configuration as indented JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+
+def to_go_on_with(run: Path, asked: CompressConfig) -> CompressConfig:
+    """What was asked for, if it is what OUTPUT/run was started with; precision as settled there.
+
+    Raises:
+        InputError: if there is no such run, or it is another compression.
+    """
+    try:
+        saved = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+        config = asked.settled(saved["optimization"]["precision"])
+    except FileNotFoundError:
+        raise InputError(f"{asked.output} holds no compression to go on with") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG} cannot be used: {error!r}") from None
+    before, now = _flat(saved), _flat(json.loads(config.to_json()))
+    for name, value in now.items():
+        if name not in PLACES and before.get(name) != value:
+            raise InputError(
+                f"cannot resume {asked.output} with another configuration: {name} is "
+                f"{before.get(name)!r} in the saved one and {value!r} in the other"
+            )
+    return config
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their names, whatever group they are in."""
+    groups = [each for each in values.values() if isinstance(each, dict)]
+    own = {name: each for name, each in values.items() if not isinstance(each, dict)}
+    return own | {name: each for group in groups for name, each in group.items()}
 
 
 def settled(optimization: OptimizationConfig, precision: str) -> OptimizationConfig:

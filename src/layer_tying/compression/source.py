@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -17,7 +19,7 @@ from layer_tying.compression.outcome import Outcome, OutcomeOf
 from layer_tying.compression.settings import CompressConfig
 from layer_tying.core.untied_copy import untied_copy
 from layer_tying.data.config import DataConfig
-from layer_tying.data.images import load_images
+from layer_tying.data.images import Images, load_images
 from layer_tying.data.texts import load_last_words, load_texts
 from layer_tying.data.tokenizer import Tokenizer
 from layer_tying.data.tokens import tokenize
@@ -53,7 +55,7 @@ def open_model(folder: Path) -> PreTrainedModel:
         )
     try:
         return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from None
 
 
@@ -118,16 +120,50 @@ def _text(
 
 def _images(config: CompressConfig, model: PreTrainedModel, _: Tokenizer | None) -> Task:
     images = load_images(config.dataset, config.data_dir)
-    size, its = images.x_train.shape[1], model.config.image_size
-    if size != its:
-        raise InputError(f"the images are of {size} x {size} pixels, the model's of {its} x {its}")
-    if len(images.classes) != model.config.num_labels:
+    ours = images.x_train.shape[1:]
+    size = getattr(model.config, "image_size", None)
+    if not isinstance(size, int):
         raise InputError(
-            f"the images are in {len(images.classes)} classes, and the model tells "
-            f"{model.config.num_labels} apart"
+            f"the configuration of {type(model).__name__} has no image_size: call "
+            f"layer_tying.compress(model, batches) with batches of your own"
+        )
+    if ours != (its := (size, size, model.config.num_channels)):
+        raise InputError(
+            f"the images are of {' x '.join(map(str, ours))} (height, width, channels), the "
+            f"model's of {' x '.join(map(str, its))}"
         )
     data = DataConfig(dataset=config.dataset, batch_size=config.batch_size, eval_batch_size=250)
-    return ImageTask(data, model.config, config.seed, images)
+    return ImageTask(data, model.config, config.seed, _as_numbered_by(model, images))
+
+
+def _as_numbered_by(model: PreTrainedModel, images: Images) -> Images:
+    """Images whose labels are the model's numbers of the classes.
+
+    Raises:
+        InputError: if there are more or fewer classes, or others by their names.
+    """
+    theirs = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+    if len(images.classes) != len(theirs):
+        raise InputError(
+            f"the images are in {len(images.classes)} classes, and the model tells "
+            f"{len(theirs)} apart"
+        )
+    if theirs == [f"LABEL_{number}" for number in range(len(theirs))]:
+        return images  # as transformers calls them where nobody has: they have no names
+    number_of = {name.lower(): number for number, name in enumerate(theirs)}
+    if unknown := [name for name in images.classes if name.lower() not in number_of]:
+        raise InputError(
+            f"the images have a class {unknown[0]!r}, and the model's are {', '.join(theirs)}: "
+            f"name the folders of images as the model names its classes"
+        )
+    numbers = np.array([number_of[name.lower()] for name in images.classes])
+    return replace(
+        images,
+        y_train=numbers[images.y_train],
+        y_validation=numbers[images.y_validation],
+        y_test=numbers[images.y_test],
+        classes=tuple(theirs),
+    )
 
 
 def _outcome_of_tokens(model: Any, batch: Any) -> Outcome:

@@ -63,7 +63,7 @@ def headline(summary: Facts) -> str:
 
 
 def _title(summary: Facts) -> str:
-    name = Path(summary["source"]).name
+    name = Path(summary["source"]).resolve().name
     return (
         f"{name}, compressed to {summary['independent_layers']} of {summary['num_layers']} layers"
     )

@@ -78,7 +78,7 @@ class RunFolder:
         with _writing(self.path):
             for file in files:
                 file.unlink(missing_ok=True)
-            for saved in (*self.checkpoints.iterdir(), self.path / TOKENIZER):
+            for saved in (*checkpoints_in(self.checkpoints), self.path / TOKENIZER):
                 shutil.rmtree(saved, ignore_errors=saved.name == TOKENIZER)
         self._write(CONFIG, config.to_json() + "\n")
 
@@ -92,7 +92,7 @@ class RunFolder:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write ``summary.json``, whole or not at all."""
-        self._write(SUMMARY, json.dumps(_finite(values), indent=2) + "\n")
+        self._write(SUMMARY, json.dumps(finite(values), indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: a run that goes on from there writes it again."""
@@ -109,7 +109,7 @@ class RunFolder:
         if self._active:
             file = self.path / name
             with _writing(file), file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(_finite(values)) + "\n")
+                stream.write(json.dumps(finite(values)) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         if self._active:
@@ -148,12 +148,18 @@ def decision_line(decision: Decision, with_q: bool) -> dict[str, Any]:
     return line
 
 
-def _finite(value: Any) -> Any:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, and what a killed save has left of one."""
+    ours = ("best", "step-*", ".*.tmp", ".*.old")
+    return [each for pattern in ours for each in folder.glob(pattern) if each.is_dir()]
+
+
+def finite(value: Any) -> Any:
     """Numbers that JSON does not have become null, also within lists and objects."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
