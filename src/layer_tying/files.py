@@ -1,4 +1,4 @@
-"""Writing files whole or not at all. Standard library only, for every room of the package."""
+"""Writing files whole or not at all. Standard library only, for every part of the package."""
 
 from __future__ import annotations
 

@@ -176,6 +176,10 @@ def test_a_saved_configuration_is_a_start_and_flags_go_on_top(here):
     config = read_config(here / "runs/three")
     assert (config.tying.policy, config.optimization.checkpointing) == ("all", False)
     assert config.optimization.max_steps == 12
+    grouped = (*FEW_STEPS, "--policy", "cycle", "--groups", "2", "--exp", "grouped")
+    assert run_command("train", *grouped, cwd=here)[0] == 0
+    other = ("--config", "runs/grouped/config.json", "--policy", "dqn", "--exp", "other")
+    assert run_command("train", *other, cwd=here)[0] == 0, "without the groups of the cycle"
     assert "no-such.json" in complaint(here, "train", "--config", "no-such.json")
     assert "not a run's configuration" in complaint(here, "train", "--config", "text.txt")
 

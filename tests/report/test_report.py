@@ -575,3 +575,16 @@ def test_the_page_opens_in_a_browser_without_a_network(everything, tmp_path):
     other.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("seen")</script>')
     _, console, asked = browse(other, tmp_path / "other")
     assert console and asked == ["http://127.0.0.1:9/x.png"]
+
+
+def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
+    longs = {f"setting_{number}_with_a_long_name": number for number in range(20)}
+    write_run(tmp_path / "one", "dqn", seed=0)
+    write_run(tmp_path / "other", "dqn", seed=0, every=5, **longs)
+    page = tmp_path / "report.html"
+    write_report([tmp_path / "one", tmp_path / "other"], page)
+    titles = [
+        group.title for group in group_runs([read_run(tmp_path / n) for n in ("one", "other")])
+    ]
+    assert titles == ["dqn · every=10", "dqn · other"]
+    assert all(title in page.read_text() for title in titles)

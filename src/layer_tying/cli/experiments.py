@@ -15,6 +15,7 @@ from layer_tying.cli.flags import option, parse, positional, settings_given, set
 from layer_tying.core.patterns import PATTERNS
 from layer_tying.data.glue import TASKS
 from layer_tying.errors import InputError
+from layer_tying.paper.reproduce import as_asked
 from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
@@ -55,9 +56,16 @@ def _with_settings(
             *settings_groups(defaults.flat(), leave_out),
         ],
     )
-    options = _checked(parse(kind, arguments, program, help))
+    options = checked(parse(kind, arguments, program, help))
     given = settings_given(options)
-    options.config = with_changes(saved, **given) if saved else TrainConfig.from_flat(**given)
+    if saved is None:
+        options.config = TrainConfig.from_flat(**given)
+        return options
+    if given.get("policy", saved.tying.policy) != saved.tying.policy:
+        before = defaults.flat()  # those of the saved policy, which were not asked for
+        not_its = _left_out(given["policy"], given["initial"])
+        given |= {name: usual for name, usual in not_its.items() if given[name] == before[name]}
+    options.config = with_changes(saved, **given)
     return options
 
 
@@ -76,7 +84,8 @@ def _saved(arguments: Sequence[str]) -> TrainConfig | None:
     return None
 
 
-def _checked(options: Any) -> Any:
+def checked(options: Any) -> Any:
+    """The options, which do not contradict each other."""
     if options.resume and options.overwrite:
         raise InputError("--resume and --overwrite contradict each other: give one of them")
     return options
@@ -206,7 +215,7 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
     ]
     groups = settings_groups(DEFAULTS | {"lr": 3e-4, "epochs": 3}, NOT_WHEN_FINETUNING)
     kind = make_dataclass("Options", [*required, *own, *GOING_ON, *groups])
-    options = _checked(parse(kind, arguments, program, help))
+    options = checked(parse(kind, arguments, program, help))
     run = Path(options.source)
     pretrained = read_config(run).flat()
     config = TrainConfig.from_flat(
@@ -235,7 +244,7 @@ def recipe(arguments: Sequence[str], program: str, help: str) -> int:
             *GOING_ON,
         ],
     )
-    options = _checked(parse(kind, arguments, program, help))
+    options = checked(parse(kind, arguments, program, help))
     rows = recipes(options.scale, options.output_dir, options.seed)
     if options.list:
         for row, config in rows.items():
@@ -245,9 +254,7 @@ def recipe(arguments: Sequence[str], program: str, help: str) -> int:
     if options.name not in rows:
         asked = f"unknown recipe {options.name!r}" if options.name else "no recipe was named"
         raise InputError(f"{asked}: see layer-tying recipe --list")
-    config = rows[options.name].replace(data_dir=options.data_dir)
-    if options.max_steps is not None:
-        config = config.replace(max_steps=options.max_steps, eval_every=options.max_steps)
+    config = as_asked(rows[options.name], options.data_dir, options.max_steps)
     if first := runs_first(config):
         raise InputError(
             f"{options.name} starts from {config.tying.source}, which has not ended: "

@@ -26,9 +26,10 @@ def evaluate(arguments: Sequence[str], program: str, help: str) -> int:
     )
     options = parse(kind, arguments, program, help)
     from layer_tying.runs.evaluate import evaluate_run
+    from layer_tying.runs.folder import finite
 
     scores = evaluate_run(Path(options.folder), options.split, options.data_dir)
-    print(json.dumps(scores, indent=2))
+    print(json.dumps(finite(scores), indent=2))
     return 0
 
 

@@ -16,7 +16,8 @@ def as_asked(row: TrainConfig, data_dir: str | None, max_steps: int | None) -> T
     """The row on data that lie elsewhere, or cut short to try it out."""
     changes: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     if max_steps is not None:
-        changes |= {"max_steps": max_steps, "eval_every": max_steps}
+        every = min(row.tying.every, max(1, max_steps // 4))  # some decisions, however short it is
+        changes |= {"max_steps": max_steps, "eval_every": max_steps, "every": every}
     return row.replace(**changes)
 
 

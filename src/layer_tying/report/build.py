@@ -50,6 +50,7 @@ CURVES = {
     "independent_layers": ("independent layers", "Layers with weights of their own."),
     "model_state_bytes": ("model state", "Parameters, gradients and optimizer state."),
 }
+LONGEST_NAME = 60  # of a run's label in the names of files
 COMPARISON_NOTE = (
     "Validation selects; test is only reported. Means run over training; several seeds are mean ± "
     "standard deviation. “Of conv.” is relative to conventional training of the same model on the "
@@ -308,7 +309,12 @@ def _configuration(groups: list[RunGroup]) -> Markup:
 
 
 def _slug(group: RunGroup, groups: list[RunGroup]) -> str:
-    """The group's label as part of a file name, numbered where two labels are the same."""
-    name = re.sub(r"[^a-z0-9]+", "-", group.label.lower()).strip("-") or "run"
-    alike = [other for other in groups if other.label == group.label]
-    return name if len(alike) == 1 else f"{name}-{alike.index(group) + 1}"
+    """The group's label as part of a file name, numbered where two of them are the same."""
+
+    def name_of(each: RunGroup) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", each.label.lower())
+        return words[:LONGEST_NAME].strip("-") or "run"
+
+    alike = [other for other in groups if name_of(other) == name_of(group)]
+    number = f"-{alike.index(group) + 1}" if len(alike) > 1 else ""
+    return name_of(group) + number

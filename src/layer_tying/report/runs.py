@@ -19,6 +19,7 @@ REPETITION_KEYS = (
 TITLE_KEYS = ("family", "dataset", "nlayers")  # named in a label without the setting's name
 # What two runs must have in common before one is measured against the other.
 TASK_KEYS = ("family", "dataset", "tokenizer", "nlayers", "nhead", "emsize", "bptt", "batch_size")
+MOST_TOLD = 4  # settings in a label
 MAX_POINTS = 120  # of a curve: more than a small plot can show
 
 
@@ -175,6 +176,8 @@ def _label(run: Run, runs: Sequence[Run]) -> str:
         for key, value in run.settings.items()
         if key not in (*REPETITION_KEYS, *TITLE_KEYS, "tyings") and differs(key, same_policy)
     ]
+    if len(telling) > MOST_TOLD:
+        telling = [run.path.name]
     policy = "conventional" if run.is_conventional else run.policy
     return " · ".join([policy, *telling])
 

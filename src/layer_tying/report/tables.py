@@ -113,11 +113,12 @@ def comparison_table(runs: Sequence[Run]) -> str:
     """
     groups = group_runs(runs)
     columns = _telling_columns(groups, OUTCOME + COST)
-    while True:
-        table = _markdown(groups, columns)
-        if table.index("\n") <= TERMINAL_WIDTH or len(columns) < 2:
-            return table
+    fewest = sorted(columns, key=lambda column: column.rank)[:1]
+    if _markdown(groups, fewest).index("\n") > TERMINAL_WIDTH:
+        return _markdown(groups, columns)  # labels alone are too long
+    while (table := _markdown(groups, columns)).index("\n") > TERMINAL_WIDTH:
         columns.remove(max(columns, key=lambda column: column.rank))
+    return table
 
 
 def with_the_paper(groups: Sequence[RunGroup]) -> Table | None:

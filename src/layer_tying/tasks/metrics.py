@@ -3,7 +3,7 @@
 Perplexities of different tokenizers do not compare, bits per byte do, so text is scored per token,
 per byte, and per word where the data set is published split into words.
 
-To add a metric, add its record, and its name to the tasks that report it: ``GLUE`` in
+To add a metric, add its record, and its name to the tasks that report it: ``FORMATS`` in
 ``data/glue.py``, or the list at the top of a task's module.
 """
 
