@@ -298,3 +298,22 @@ def test_what_layers_share_cannot_be_left_out_of_the_tying():
     assert tie(model, "all", untied=["ln_*"]).tying == Tying.all_tied(6)
     blocks = model.transformer.h
     assert blocks[0].ln_1.weight is not blocks[1].ln_1.weight
+
+
+def test_the_order_of_the_optimizers_parameters_is_that_of_the_tyings_alone():
+    """Its state dict names parameters by their place, and may be loaded into another process."""
+    orders = []
+    for first in ("attention", "rest"):
+        model = in_double()
+        optimizer = torch.optim.AdamW(model.parameters())
+        parts = {
+            "attention": TiedLayers(model, optimizer, untied=ATTENTION),
+            "rest": TiedLayers(model, optimizer, untied=FEED_FORWARD),
+        }
+        parts["attention"].apply(Tying.all_tied(6))
+        for name in sorted(parts, key=lambda name, first=first: name != first):
+            parts[name].apply(pattern("cycle", 6, 2))
+        names = {id(p): name for name, p in model.named_parameters()}
+        orders.append([names[id(p)] for p in optimizer.param_groups[0]["params"]])
+    assert orders[0] == orders[1]
+    assert len(orders[0]) == len(names)

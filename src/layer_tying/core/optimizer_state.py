@@ -39,6 +39,7 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self.optimizer = optimizer
+        self._model = model
         of_models = _groups_of.setdefault(optimizer, WeakKeyDictionary())
         self._remembered = of_models.setdefault(model, {})
         self._group_of: dict[str, int | None] = {**self._remembered}
@@ -53,10 +54,10 @@ class OptimizerState:
         remove_from(self.optimizer, parameters.values())
 
     def add(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
-        """Add the parameters to the groups their names had, in the order given.
+        """Add the parameters to the groups their names had.
 
-        An optimizer's state dict names parameters by their place, so the order must depend on the
-        tying alone: the process that loads builds the same one.
+        An optimizer's state dict names parameters by their place, so the order depends on the tying
+        alone, whatever was changed last: the process that loads builds the same one.
 
         Args:
             parameters: the live parameters of the independent layers, by their names in the model.
@@ -70,6 +71,17 @@ class OptimizerState:
                 for key, value in zip(_columns(group), (parameter, name), strict=False):
                     group[key].append(value)
                 entered.add(id(parameter))
+        self._sort()
+
+    def _sort(self) -> None:
+        """Put the layers' parameters, of all parts, last in their groups, in the model's order."""
+        named = enumerate(self._model.named_parameters())
+        place = {id(p): number for number, (name, p) in named if name in self._remembered}
+        for group in self.optimizer.param_groups:
+            places = [place.get(id(p), -1) for p in group["params"]]
+            order = sorted(range(len(places)), key=places.__getitem__)
+            for key in _columns(group):
+                group[key][:] = [group[key][number] for number in order]
 
     def verify(self, parameters: Mapping[str, nn.Parameter], live: set[int]) -> None:
         """Check that the optimizer holds what the model uses.
