@@ -140,7 +140,8 @@ def _check_output(output: Path, is_known: bool) -> None:
             known to be of a compression.
     """
     refuse_other_contents(output, *PLAIN)
-    others = [each.name for each in output.iterdir() if each.name != RUN] if output.is_dir() else []
+    names = [each.name for each in output.iterdir()] if output.is_dir() else []
+    others = [name for name in names if name != RUN and not name.startswith(".")]
     if others and not is_known and not (output / RUN / CONFIG).exists():
         raise InputError(
             f"{output} holds {min(others)}: name a new folder, or one that may be written over, "

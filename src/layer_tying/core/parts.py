@@ -100,18 +100,22 @@ def _refuse_to_leave_out(
                 f"{name} is mixed or scaled by the tying in force, and untied=... would leave it "
                 f"out: name the parameters that were tied together"
             )
-    kept = _slots(stack)
     for other in filter(None, before.values()):
-        owners = tying_in_use(other).owners
-        for layer, slots in enumerate(other.slots):
-            lost = next((name for name, slot in slots.items() if slot not in kept), None)
-            if lost and owners[layer] != layer:
-                raise InputError(
-                    f"{other.names[layer]}.{lost} is shared by the tying in force, and untied=... "
-                    f"would leave it so: untie these layers first"
-                )
+        _refuse_to_leave_shared(stack, other)
     if len(before) > 1 and any(part.mixes for part in before):
         raise InputError("parts of the layers mix their weights: they cannot become one part again")
+
+
+def _refuse_to_leave_shared(stack: LayerStack, before: LayerStack) -> None:
+    """What is shared and not named any more would stay shared, although it is said to be untied."""
+    kept, owners = _slots(stack), tying_in_use(before).owners
+    for layer, slots in enumerate(before.slots):
+        lost = next((name for name, slot in slots.items() if slot not in kept), None)
+        if lost and owners[layer] != layer:
+            raise InputError(
+                f"{before.names[layer]}.{lost} is shared by the tying in force, and untied=... "
+                f"would leave it so: untie these layers first"
+            )
 
 
 def other_parts(stack: LayerStack, settings: TyingSettings) -> dict[TyingSettings, LayerStack]:
