@@ -195,3 +195,12 @@ def test_meta_tensors_will_do():
 def test_what_is_untied_and_matches_nothing_is_refused():
     with pytest.raises(InputError, match=r"untied 'norms\.\*' is the name of nothing in blocks\.0"):
         find_layers(Plain(), untied=["scale", "norms.*"])
+
+
+def test_a_model_that_is_itself_the_list_of_its_layers_is_told_so():
+    with pytest.raises(InputError, match="the model is itself a Sequential: hold the list"):
+        find_layers(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    found = find_layers(
+        nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    )
+    assert found.names == ("1.0", "1.1")

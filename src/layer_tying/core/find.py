@@ -118,16 +118,16 @@ def _named(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 
 def _search(model: nn.Module, untied: Sequence[str]) -> str:
-    if isinstance(model, (nn.ModuleList, nn.Sequential)):
-        raise InputError(
-            f"the model is itself a {type(model).__name__}: hold the list of its layers in a "
-            f"module, so that the list has a name"
-        )
     lists = dict(_lists(model))
     equal = [name for name, blocks in lists.items() if _alike(blocks, untied)]
     candidates = equal or list(lists)
     if len(candidates) == 1:
         return candidates[0]  # if its blocks differ, the caller says in what
+    if not lists and isinstance(model, (nn.ModuleList, nn.Sequential)):
+        raise InputError(
+            f"the model is itself a {type(model).__name__}: hold the list of its layers in a "
+            f"module, so that the list has a name"
+        )
     problem = "more than one list" if equal else "no list"
     raise InputError(
         f"{problem} of equal blocks in {type(model).__name__}; name one with layers=...: "
