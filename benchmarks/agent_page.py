@@ -29,7 +29,7 @@ ABOUT = {
 HOW = (
     "A model of 12 layers x 32 trains on the bytes of WikiText-2 for 6,000 steps of 8 x 64 tokens "
     "at a learning rate of 0.004, which was not tuned; the agent decides every five steps, which "
-    "makes 1,200 decisions. Its epsilon is at the floor of 0.1 from the 45th on. *Permuted* takes "
+    "makes 1,200 decisions. Its epsilon is at the floor of 0.1 from the 46th on. *Permuted* takes "
     "the decisions of the first row at the same steps and applies them to a fixed permutation of "
     "the layers, which changes the model as often. *Random* draws an owner for each layer, "
     "uniformly, at every decision. *Persistence* is how often a layer makes its most frequent "
@@ -72,7 +72,7 @@ def answer(groups: dict[str, Rows]) -> str:
     """The finding, whichever it is, in the opening sentences."""
     sentences = []
     for other, what in (
-        (START, "its own start, kept"),
+        (START, "its starting tying, kept for the whole run"),
         (PERMUTED, "its own decisions, applied to permuted layers"),
         (RANDOM, "random changes"),
     ):

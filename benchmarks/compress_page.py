@@ -36,7 +36,7 @@ HOW = (
     "work ran: compare them roughly. `make bench-compress` goes on measuring what is missing and "
     "writes this page from `benchmarks/results/compress.json`."
 )
-SEARCH = "searches only such groups."
+SEARCH = "searches only groups of this kind."
 WHAT = {
     "compress": "measures which groups of layers move the output least, and lets each layer learn "
     "a mixture of the kept ones.",

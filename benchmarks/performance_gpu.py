@@ -46,8 +46,8 @@ def _training(rows: Sequence[Row]) -> list[str]:
     checkpointing = "with" if config["checkpointing"] else "without"
     about = (
         f"The first steps of training on WikiText-2, of {config['batch_size']} x {config['bptt']} "
-        f"tokens, {checkpointing} gradient checkpointing. So few say what a step takes, and "
-        f"nothing about quality."
+        f"tokens, {checkpointing} gradient checkpointing. So few steps show "
+        f"what a step costs, but nothing about quality."
     )
     heads = ("policy", "steps", "s/step", "validation perplexity", "independent", "peak, MB")
     table = markdown_table(

@@ -60,7 +60,7 @@ def in_the_papers_model(rows: Iterable[Mapping[str, Any]]) -> str:
         f"mixtures of three sets have {of('conventional', 'test_perplexity'):.3f} times the "
         f"perplexity of twelve layers with {of('conventional', PARAMETERS):.0%} of the parameters, "
         f"{of('shallow', 'test_perplexity'):.3f} times that of three layers and "
-        f"{of('cycle', 'test_perplexity'):.3f} times that of `cycle` with such scaling (seeds: "
+        f"{of('cycle', 'test_perplexity'):.3f} times that of `cycle` with 1/n scaling (seeds: "
         f"{len(seeds)}). The learning rate is the best of three for the twelve layers."
     )
 

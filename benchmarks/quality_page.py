@@ -35,11 +35,11 @@ PICTURES = {
 }
 HOW = (
     "All methods of a setting train on the same data in the same order for the same steps with the "
-    "same seeds. A setting is compared only if the perplexity, or the error, of L conventional "
-    "layers is at least 5 % lower than that of k layers: otherwise depth is worth nothing there, "
-    "and neither is sharing it. Test figures belong to the weights that were best on validation. "
-    "The gap closed is (plain-k - x) / (plain-k - plain-L). Times are steps times the seconds of a "
-    "step, which methods took in turns with nothing else on the machine "
+    "same seeds. A setting passes the gate, and is compared, only if the perplexity, or the error, "
+    "of L conventional layers is at least 5 % lower than that of k layers: otherwise depth is "
+    "worth nothing there, and neither is sharing it. Test figures belong to the weights that were "
+    "best on validation. The gap closed is (plain-k - x) / (plain-k - plain-L). Times are steps "
+    "times the seconds of a step, which methods took in turns with nothing else on the machine "
     "(`benchmarks/quality_times.py`; one thread, the fastest hundred steps of each). `make "
     "bench-quality` writes this page from `benchmarks/results/quality.json`. Earlier results, from "
     "runs too short for depth to pay, are in [a page of the log](log-short-runs.md)."
@@ -53,8 +53,8 @@ WHAT = {  # by the prefix of a method's name
     "cycle": "`cycle-k` and other names of patterns are fixed patterns "
     "of k groups; with `1/n`, what a use adds to the residual stream is divided by the number of "
     "uses.",
-    "mixture": "`mixture-k` is the learned mixture of k shared sets, with such scaling unless it "
-    "is called unscaled; with half the layers there are L/2 of them.",
+    "mixture": "`mixture-k` is the learned mixture of k shared sets, with 1/n scaling unless it "
+    "is called unscaled; `half the layers` means a model of L/2 layers.",
     "random": "`random` changes the tying at random for the first half of the steps.",
     "dqn": "`dqn` is the paper's agent.",
 }

@@ -108,8 +108,9 @@ def _introduction(environment: dict[str, Any]) -> str:
 
 
 STEPS = (
-    "GPT-2 in float32, 2 x 64 tokens a process. *Of DDP* is the median ratio of a step to one of "
-    "`DistributedDataParallel` on a model of the same tying, which stays; the two take turns. "
+    "GPT-2 in float32, 2 x 64 tokens a process. *Of DDP* is the median ratio of the time of a step "
+    "to that of `DistributedDataParallel` on a model with the same, fixed tying; the two take "
+    "turns. "
     "*MB* are what all processes sent in a step, and *model* is what the model below says. The "
     "processes share the cores that the table names, so seconds say little; ratios "
     "say more. Sharded steps send more here than the model says because gloo adds up gradients on "
@@ -197,8 +198,9 @@ def _beyond() -> list[str]:
         "![Memory and bytes of a device, by the number of devices](images/scaling.png)",
         _devices_table(),
         "Averaging goes on while backward does, and is hidden as long as a device's backward pass, "
-        f"4 (L l + R) operations a token, takes longer. At {SPEED:.0e} operations per second, from "
-        "so many tokens a device on (many devices, replicated):",
+        f"4 (L l + R) operations a token, takes longer. The table shows the "
+        f"smallest number of tokens per device for which this holds at {SPEED:.0e} operations per "
+        "second (many devices, replicated):",
         _overlap_table(),
         "So what tying saves on a slow link is the factor (L l + R) / (M l + R), as long as the "
         "link is what a step waits for; sharding saves memory and no traffic.",

@@ -62,7 +62,7 @@ def test_the_page_compares_seeds_that_both_have(tmp_path):
     assert "1.000 times the perplexity of its own decisions" in page
     assert "better in 1 of 2 seeds" in page
     assert "1.500 times the perplexity of random changes" in page
-    assert "its own start, kept" not in page, "no seed has both"
+    assert "its starting tying, kept" not in page, "no seed has both"
     assert (tmp_path / "images" / "agent.png").stat().st_size > 10_000
 
 

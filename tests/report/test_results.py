@@ -66,7 +66,7 @@ def test_what_is_worse_than_conventional_is_shown_so():
     assert cells[1:3] == ["250.000", "125.0%"]
     assert "25.0%" in cells and "10.00 MB" in cells
     opening = page.partition("Omitted")[0]
-    assert "all layers is 9.1% lower than that of a quarter of them" in opening
+    assert "full model has 9.1% lower perplexity than one with a quarter of its layers" in opening
     assert "1.250 times the perplexity of conventional" in opening
     assert (
         "a quarter of the layers has 1.100 times the conventional perplexity, with 100% of"
@@ -89,8 +89,8 @@ def test_what_has_not_learned_is_not_shown_and_says_why():
         entry("glue-mrpc-none"),
     )
     for reason in (
-        "GPT-2 on WikiText-2: the perplexity of all layers is 2.0% lower than that of a quarter of "
-        "them, and the gate is 5%.",
+        "GPT-2 on WikiText-2: the full model has 2.0% lower perplexity than one with a quarter of "
+        "its layers, and the gate is 5%.",
         "GPT-2 on One Billion Words: the conventional row was not run.",
         "GPT-2 on LAMBADA: no conventional model of a quarter of the layers was run.",
         "ViT on CIFAR-10: conventional training reached accuracy 0.500, and the gate is 0.62.",
@@ -154,7 +154,7 @@ def test_the_gates_that_were_passed_are_said_and_what_they_do_not_show():
         entry("bert-wiki2-shallow", **learned, test_perplexity=202.0),
     )
     assert (
-        "masked accuracy 0.300 (gate: 0.25), but the perplexity of all layers is 1.0% lower" in page
+        "masked accuracy 0.300 (gate: 0.25), but the full model has 1.0% lower perplexity" in page
     )
 
 
@@ -167,7 +167,7 @@ def test_the_opening_says_what_sharing_costs_in_bert_where_it_was_run():
         "BERT, masked tokens of WikiText-2: the agent has 1.250 times the conventional "
         "perplexity, a quarter of the layers 1.200, learned mixtures 1.050."
     ) in page.partition("Included, because")[0]
-    assert "(gate: 0.25), and the perplexity of all layers is 16.7% lower than" in page
+    assert "(gate: 0.25), and the full model has 16.7% lower perplexity than" in page
     assert cells_of(page, "BERT, masked tokens of WikiText-2, learned mixtures, uses scaled by 1/n")
     assert "ViT, CIFAR-10: the agent" not in page
 

@@ -97,4 +97,4 @@ def worth_of_depth(comparison: str, rows: Rows) -> float | None:
 
 
 def _depth(worth: float) -> str:
-    return f"the perplexity of all layers is {worth:.1%} lower than that of a quarter of them"
+    return f"the full model has {worth:.1%} lower perplexity than one with a quarter of its layers"

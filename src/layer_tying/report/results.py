@@ -67,8 +67,9 @@ def _answer(rows: dict[str, Summary]) -> list[str]:
         return row[key] / conventional[key]
 
     sentences = [
-        f"On WikiText-2, where the perplexity of all layers is "
-        f"{worth_of_depth(WIKITEXT, rows):.1%} lower than that of a quarter of them, the paper's "
+        f"On WikiText-2, where the full model has "
+        f"{worth_of_depth(WIKITEXT, rows):.1%} lower perplexity than one with a quarter of its "
+        f"layers, the paper's "
         f"agent has {ratio('dynamic'):.3f} times the perplexity of conventional training, with "
         f"{ratio('dynamic', 'trainable_parameters_mean'):.0%} of its trainable parameters on "
         f"average.",
@@ -128,7 +129,7 @@ def _not_shown(missing: dict[str, str]) -> list[str]:
     if not missing:
         return []
     lines = [f"- {GATES[name].about}: {reason}." for name, reason in missing.items()]
-    text = "Omitted, because a difference between models that have not learned says nothing:"
+    text = "Omitted, because the conventional model was not trained or did not pass its gate:"
     return [text, "\n".join(lines)]
 
 
