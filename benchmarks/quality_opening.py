@@ -99,7 +99,7 @@ def _accuracy(name: str, setting: Setting, groups: Groups) -> str:
         f"`{name}`: `{ours}` is right in {percent(ours)} with {share:.0%} of the parameters of "
         f"`{setting.deep}`, which is right in {percent(setting.deep)}; `{setting.rival}`, which "
         f"has as many parameters, is right in {percent(setting.rival)} "
-        f"(seeds: {_seeds(groups, ours, setting.deep)})."
+        f"(seeds: {_seeds(groups, ours, setting.deep, setting.rival)})."
     )
 
 
@@ -114,17 +114,18 @@ def _perplexity(name: str, setting: Setting, groups: Groups) -> str:
     fixed = best_fixed(groups, setting)
     to_fixed = ratio(groups, setting, ours, fixed) if fixed else None
     rest = f", and {to_fixed:.3f} times that of `{fixed}`" if to_fixed else ""
+    seeds = _seeds(groups, ours, setting.deep, setting.rival)
     return (
         f"`{name}`: `{ours}` has {to_deep:.3f} times the perplexity of `{setting.deep}` with "
         f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
         f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
-        f"`{setting.rival}` and `{setting.deep}` (seeds: {_seeds(groups, ours, setting.deep)})."
+        f"`{setting.rival}` and `{setting.deep}` (seeds: {seeds})."
     )
 
 
-def _seeds(groups: Groups, one: str, other: str) -> int:
-    """How many seeds both have: those that are compared."""
-    return len({r["seed"] for r in groups[one]} & {r["seed"] for r in groups[other]})
+def _seeds(groups: Groups, *methods: str) -> int:
+    """How many seeds all of them have: those that are compared."""
+    return len(set.intersection(*({row["seed"] for row in groups[m]} for m in methods)))
 
 
 def _time(name: str, ours: str, setting: Setting, groups: Groups) -> str:
