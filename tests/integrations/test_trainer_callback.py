@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -362,11 +361,15 @@ def test_a_policy_that_learns_from_training_losses_needs_the_models(tmp_path):
 
 def test_a_model_made_anew_is_tied_anew(tmp_path):
     """As in a search for hyperparameters, which calls model_init for each trial."""
+
+    def make():
+        return gpt2()
+
     ours = callback(policy="mixture")
     torch.manual_seed(0)
     run = Trainer(
         args=TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[]),
-        model_init=partial(gpt2, 6),
+        model_init=make,
         train_dataset=Sequences(),
         callbacks=[ours],
     )
