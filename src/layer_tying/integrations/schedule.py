@@ -47,4 +47,4 @@ def joining(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
             group["lr"] = group[INITIAL_RATE] * first(scheduler.last_epoch)
             scheduler.base_lrs[number:] = [group[INITIAL_RATE]]  # a resumed one has it already
         if FACTOR_KEY in group:
-            scheduler.lr_lambdas[number:] = [like_the_first]
+            scheduler.lr_lambdas[number : number + 1] = [like_the_first]
