@@ -22,7 +22,7 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
-from layer_tying.compression.source import _as_numbered_by, open_model
+from layer_tying.compression.source import _as_numbered_by, kind_of, open_model
 from layer_tying.core.find import find_layers
 from layer_tying.data.images import load_images
 from layer_tying.runs.config import OptimizationConfig, read_config
@@ -308,8 +308,12 @@ def test_damaged_weights_and_models_without_a_size_are_one_line(here, tmp_path, 
     shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 10}
     resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**shape))
     resnet.save_pretrained(tmp_path / "resnet")
-    line = complaint(capsys, tmp_path / "resnet", *usual, "--data", "digits")
-    assert "cannot share weights" in line or "has no image_size" in line
+    assert "cannot share weights" in complaint(
+        capsys, tmp_path / "resnet", *usual, "--data", "digits"
+    )
+    asked = config(here, tmp_path / "small", dataset="digits")
+    with pytest.raises(InputError, match="ResNetForImageClassification has no image_size"):
+        kind_of(resnet).task(asked, resnet, None)
 
 
 def test_classes_are_told_by_their_names(here):

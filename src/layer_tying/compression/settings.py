@@ -6,13 +6,13 @@ The text below a field is the help of its flag of ``layer-tying compress``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from layer_tying.errors import InputError
 from layer_tying.runs.config import CONFIG, OptimizationConfig
+from layer_tying.runs.reading import flat_settings
 from layer_tying.settings import (
     check_at_least,
     check_finite,
@@ -151,7 +151,7 @@ def to_go_on_with(run: Path, asked: CompressConfig) -> CompressConfig:
         raise InputError(f"{asked.output} holds no compression to go on with") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run / CONFIG} cannot be used: {error!r}") from None
-    before, now = _flat(saved), _flat(json.loads(config.to_json()))
+    before, now = flat_settings(saved), flat_settings(json.loads(config.to_json()))
     for name, value in now.items():
         if name not in PLACES and before.get(name) != value:
             raise InputError(
@@ -159,13 +159,6 @@ def to_go_on_with(run: Path, asked: CompressConfig) -> CompressConfig:
                 f"{before.get(name)!r} in the saved one and {value!r} in the other"
             )
     return config
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their names, whatever group they are in."""
-    groups = [each for each in values.values() if isinstance(each, dict)]
-    own = {name: each for name, each in values.items() if not isinstance(each, dict)}
-    return own | {name: each for group in groups for name, each in group.items()}
 
 
 def settled(optimization: OptimizationConfig, precision: str) -> OptimizationConfig:

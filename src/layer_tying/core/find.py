@@ -92,7 +92,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             "later: make DynamicTying with the bare model first, then wrap it (accelerator.prepare "
             "wraps too)"
         )
-    if any(_class_name(module) == "FullyShardedDataParallel" for module in model.modules()):
+    if any(class_name(module) == "FullyShardedDataParallel" for module in model.modules()):
         raise InputError(
             "the model is wrapped in FullyShardedDataParallel, which keeps its own handles to the "
             "weights and would not notice that they are exchanged: shard it with "
@@ -144,7 +144,7 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
         if not name or any(name.startswith(f"{outer}.") for outer in found):
             continue
         blocks = list(module)
-        is_one_class = len(blocks) > 1 and len({_class_name(block) for block in blocks}) == 1
+        is_one_class = len(blocks) > 1 and len({class_name(block) for block in blocks}) == 1
         if is_one_class and all(any(True for _ in block.parameters()) for block in blocks):
             found.append(name)
             yield name, blocks
@@ -162,7 +162,7 @@ def _listing(model: nn.Module) -> str:
     return ", ".join(found) or "none"
 
 
-def _class_name(block: nn.Module) -> str:
+def class_name(block: nn.Module) -> str:
     """By name: a class that torch or we derive from a block's to wrap it is still that class."""
     return type(block).__qualname__
 
@@ -225,7 +225,7 @@ def _traits(block: nn.Module, untied: Sequence[str]) -> Traits:
             is_state = attribute.startswith("_") or attribute == "training"
             if is_switch and not is_state and not _is_untied(name, untied):
                 settings[name] = value
-    return Traits(_class_name(block), parameters, settings)
+    return Traits(class_name(block), parameters, settings)
 
 
 def _difference(one: Traits, other: Traits) -> str:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from layer_tying.core.distributed import is_sharded
-from layer_tying.core.find import MIXTURE, LayerStack, Slot
+from layer_tying.core.find import MIXTURE, LayerStack, Slot, class_name
 from layer_tying.core.gather import gather
 from layer_tying.core.gather_mixed import gather_mixed
 from layer_tying.core.mix import mix
@@ -196,18 +196,14 @@ def _factors(layer: str, block: nn.Module) -> dict[str, Any]:
         factor = module.__dict__.get(FACTOR)
         if factor is None:
             continue
-        is_linear = isinstance(module, LINEAR) or _plain_name(module) in LINEAR_BY_NAME
+        is_linear = isinstance(module, LINEAR) or class_name(module) in LINEAR_BY_NAME
         if not is_linear or any(True for _ in module.children()):
             raise InputError(
-                f"the scale of {path} cannot be put into its weights, as a {_plain_name(module)} "
+                f"the scale of {path} cannot be put into its weights, as a {class_name(module)} "
                 f"is not known to be one linear map: name linear maps in residual_outputs"
             )
         factors |= {f"{path}.{name}": factor for name in module._parameters}
     return factors
-
-
-def _plain_name(module: nn.Module) -> str:
-    return _plain_class.get(type(module), type(module)).__qualname__
 
 
 def _detached(module: nn.Module, attribute: str) -> Tensor:

@@ -32,6 +32,7 @@ from layer_tying.errors import InputError
 from layer_tying.saving.checkpoint import replace_folder, unique_tensors
 from layer_tying.saving.export import one_line
 from layer_tying.saving.training_state import (
+    SCALARS,
     at_home,
     join_tree,
     optimizer_state_by_name,
@@ -65,7 +66,7 @@ def save_sharded(folder: str | Path, layers: TiedLayers, training: Any = None) -
     for name, value in _optimizer_state(layers).items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, SCALARS):
             settings[name] = value
         else:
             raise InputError(

@@ -16,6 +16,8 @@ from layer_tying.core.distributed import is_sharded
 from layer_tying.core.gather import sharded_as
 from layer_tying.errors import InputError
 
+SCALARS = (type(None), bool, int, float, str)  # what JSON holds as it is
+
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The optimizer's state with parameters' names for keys."""
@@ -96,7 +98,7 @@ def split_tree(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return {"pairs": [[k, split_tree(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)):
         return {"list": [split_tree(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
+    if isinstance(tree, SCALARS):
         return {"value": tree}
     raise InputError(
         f"cannot save {path.lstrip('/')} of type {type(tree).__name__}: a checkpoint holds "
