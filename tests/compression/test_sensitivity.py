@@ -1,10 +1,12 @@
 """What is measured, against models whose weights were copied by hand."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny_models import Plain, gpt2, gpt_neo, tokens
+from torch import nn
 
 from layer_tying import InputError, Tying
 from layer_tying.compression.outcome import divergence, outcome_of
@@ -84,6 +86,93 @@ def test_the_table_is_that_of_copies_made_by_hand():
             rise = [float(one.loss - other.loss) for one, other in pairs]
             assert table[layer][source] == pytest.approx(sum(apart) / 2, rel=1e-3, abs=1e-6)
             assert rises[layer][source] == pytest.approx(sum(rise) / 2, rel=1e-3, abs=1e-5)
+
+
+def test_layers_before_the_first_changed_one_do_not_run_again():
+    """Their kept outputs give the same figures to the last bit, in fewer layers run."""
+    model = spread_out(gpt2())
+    found, runs = [], []
+    for can_stand_in in (True, False):
+        probe = Probe(find_layers(model), batches(), outcome_of)
+        for kept in probe._untouched:
+            assert kept.can_stand_in
+            kept.can_stand_in = can_stand_in
+        with counted(model) as calls:
+            found.append([probe.table(), probe.divergence((0, 1, 2, 3, 3, 3))])
+        runs.append(len(calls))
+    assert found[0] == found[1]
+    # 2 batches x 6 layers x (1 untouched model, 30 entries of the table, 1 reading more)
+    assert runs[1] == 2 * 6 * 32
+    assert runs[0] == 2 * (5 * (6 + 5 + 4 + 3 + 2 + 1) + 2)
+    assert not any("forward" in vars(block) for block in model.transformer.h)
+
+
+@contextmanager
+def counted(model):
+    """One entry for each time that the attention of a layer has run."""
+    calls: list[bool] = []
+    hooks = [
+        block.attn.register_forward_hook(lambda *_: calls.append(True))
+        for block in model.transformer.h
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+class Blocks(nn.Module):
+    """Layers that are run in an order of choice, or hand the last one more than their output."""
+
+    def __init__(self, order: tuple[int, ...], more: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Cached() for _ in range(4))
+        self.order, self.more = order, more
+
+    def forward(self, x):
+        cache: list[torch.Tensor] = []
+        for index in self.order:
+            x = self.layers[index](x, cache)
+        return x + cache[0] if self.more else x
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, cache):
+        cache.append(torch.tanh(self.linear(x)))
+        return x + cache[-1]
+
+
+@pytest.mark.parametrize(
+    ("order", "more", "can"),
+    [
+        ((0, 1, 2, 3), False, True),
+        ((0, 1, 2, 3), True, False),  # the first cached tensor would be another layer's, or none
+        ((3, 2, 1, 0), False, False),
+        ((0, 1, 2, 3, 0, 1, 2, 3), False, False),
+    ],
+)
+def test_layers_run_again_where_their_outputs_are_not_enough(order, more, can):
+    torch.manual_seed(0)
+    model, x = Blocks(order, more), torch.randn(2, 3, 8)
+    probe = Probe(find_layers(model), [x], outcome_of)
+    assert probe._untouched[0].can_stand_in == can
+    reading = (0, 1, 2, 2)
+    other = copy.deepcopy(model)
+    other.layers[3].load_state_dict(model.layers[2].state_dict())
+    expected = divergence_by_hand(other(x).flatten(0, 1), model(x).flatten(0, 1), 1.0)
+    assert probe.divergence(reading) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_a_layer_that_has_a_forward_of_its_own_gets_it_back():
+    """As accelerate gives them, to move weights."""
+    model = spread_out(gpt2())
+    block = model.transformer.h[0]
+    block.forward = own = block.forward
+    Probe(find_layers(model), batches(), outcome_of).table()
+    assert vars(block)["forward"] is own
 
 
 def test_the_choice_is_the_candidate_that_was_measured_to_be_best():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from layer_tying.compression import grouping
 from layer_tying.compression.grouping import Reading
-from layer_tying.compression.outcome import OutcomeOf, divergence
+from layer_tying.compression.kept_outputs import KeptOutputs
+from layer_tying.compression.outcome import Outcome, OutcomeOf, divergence
 from layer_tying.compression.settings import BudgetSettings, HealingSettings
 from layer_tying.core.budget import max_independent
 from layer_tying.core.find import LayerStack
@@ -73,14 +75,12 @@ class Probe:
 
     def __init__(self, stack: LayerStack, batches: Sequence[Any], outcome_of: OutcomeOf) -> None:
         self.stack = stack
-        self._batches = batches
-        self._outcome_of = outcome_of
+        self._runs = [partial(outcome_of, stack.model, batch) for batch in batches]
         self._measured: dict[Reading, tuple[float, float | None]] = {}
         with evaluating(stack.model):
-            untouched = [outcome_of(stack.model, batch) for batch in batches]
-        self._logits = [outcome.logits for outcome in untouched]
-        self._loss = _mean([outcome.loss for outcome in untouched])
-        if not all(bool(each.isfinite().all()) for each in self._logits):
+            self._untouched = [KeptOutputs(stack.blocks, run) for run in self._runs]
+        self._loss = _mean([kept.outcome.loss for kept in self._untouched])
+        if not all(bool(kept.outcome.logits.isfinite().all()) for kept in self._untouched):
             raise InputError("the model's outputs are not finite numbers: it cannot be compressed")
         if self._loss is not None and not math.isfinite(self._loss):
             raise InputError(f"the model's loss is {self._loss} on the first batches")
@@ -106,16 +106,26 @@ class Probe:
         if any(kinds[layer] != kinds[source] for layer, source in enumerate(reading)):
             return float("inf"), None if self._loss is None else float("inf")
         if reading not in self._measured:
-            with evaluating(self.stack.model), reading_from(self.stack, reading):
-                found = [self._outcome_of(self.stack.model, b) for b in self._batches]
+            found = self._outcomes(reading)
             values = [
-                float(divergence(each.logits, logits))
-                for each, logits in zip(found, self._logits, strict=True)
+                float(divergence(each.logits, kept.outcome.logits))
+                for each, kept in zip(found, self._untouched, strict=True)
             ]
             loss = _mean([outcome.loss for outcome in found])
             rise = None if loss is None or self._loss is None else loss - self._loss
             self._measured[reading] = sum(values) / len(values), rise
         return self._measured[reading]
+
+    def _outcomes(self, reading: Reading) -> list[Outcome]:
+        """What the model makes of the batches; layers before the first changed one do not run."""
+        unchanged = [layer == source for layer, source in enumerate(reading)]
+        first = unchanged.index(False) if False in unchanged else len(unchanged)
+        found = []
+        with evaluating(self.stack.model), reading_from(self.stack, reading):
+            for run, kept in zip(self._runs, self._untouched, strict=True):
+                with kept.standing_in(first):
+                    found.append(run())
+        return found
 
 
 Search = Callable[[grouping.Costs, int, Probe], Reading]
