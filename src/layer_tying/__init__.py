@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from layer_tying.core.sharding import shard_tied_layers
     from layer_tying.core.tied_layers import TiedLayers, tie
     from layer_tying.core.tying import Rules, Tying
+    from layer_tying.core.untied_copy import untied_copy
     from layer_tying.dynamic import Decision, DynamicTying
     from layer_tying.integrations.trainer import DynamicTyingCallback
     from layer_tying.policies import POLICIES
@@ -54,6 +55,7 @@ __all__ = [
     "shard_tied_layers",
     "tie",
     "train",
+    "untied_copy",
 ]
 
 
@@ -84,6 +86,7 @@ _HOME = {
     "shard_tied_layers": "core.sharding",
     "tie": "core.tied_layers",
     "train": "runs.train",
+    "untied_copy": "core.untied_copy",
 }
 
 

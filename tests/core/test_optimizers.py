@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from layer_tying import DynamicTying, RandomPolicy, TiedLayers, Tying
+from layer_tying import DynamicTying, RandomPolicy, TiedLayers, Tying, untied_copy
 from layer_tying.saving.training_state import load_optimizer_state_by_name, optimizer_state_by_name
 
 pytestmark = pytest.mark.numerics
@@ -335,6 +335,18 @@ def test_lora_is_saved_and_merged_as_usual(tmp_path):
     assert_close(twin.eval()(tokens()).logits, wanted)
     assert tying.tying == Tying.independent(6)
     assert isinstance(model, peft.PeftModel)
+
+
+@pytest.mark.parametrize("untied", [[], ["*lora_*"]])
+def test_lora_is_merged_in_an_untied_copy(untied):
+    model, _, tying = lora(untied)
+    tying.layers.apply(Tying.from_labels("aaabbb"))
+    wanted = model.eval()(tokens()).logits
+    merged = untied_copy(model).merge_and_unload()
+    assert_close(merged(tokens()).logits, wanted)
+    assert type(merged) is type(gpt2())
+    wrong = copy.deepcopy(model).merge_and_unload()  # why the documentation says so
+    assert not torch.allclose(wrong(tokens()).logits, wanted, atol=1e-3)
 
 
 def test_an_average_of_weights_by_name():
