@@ -184,7 +184,8 @@ def _student(
     if method in RIVALS:
         options = {"seed": case["seed"], "batches": batches, "outcome_of": outcome_of}
         return *RIVALS[method](teacher, sets, **options), TIED
-    probe = Probe(find_layers(teacher), batches, outcome_of)
+    chosen_on = batches[: TEACHERS[case["teacher"]].probes]  # all methods heal on the same others
+    probe = Probe(find_layers(teacher), chosen_on, outcome_of)
     reading = choose(probe, sets, GROUPS.get(method, "any")).reading
     return copy.deepcopy(teacher), reading, HealingSettings(**OURS.get(method, {}))
 

@@ -22,11 +22,13 @@ class Teacher:
         what: it is, in a few words for the page.
         flags: of `layer-tying train`, but where the run lies.
         cut: writes the data into a folder, where they are a part of a text.
+        probes: how many batches the groups are chosen on, two at most.
     """
 
     what: str
     flags: Flags
     cut: Callable[[Path], None] | None = None
+    probes: int = 2
 
     @property
     def depth(self) -> int:
@@ -55,7 +57,9 @@ WIDER = {"emsize": 128, "nhead": 4, "lr": 1.5e-3, "policy": "none"}
 TEACHERS = {
     "text": Teacher("Llama on bytes", {**TEXT.flags, **WIDER}, TEXT.cut),
     "vit": Teacher("ViT on CIFAR-10", of_the_paper("vit-cifar10-conventional")),
-    "bert": Teacher("BERT on masked bytes", of_the_paper("bert-wiki2-conventional")),
+    "bert": Teacher(  # its batches have 64 sequences, eight times as many as those of the text
+        "BERT on masked bytes", of_the_paper("bert-wiki2-conventional"), probes=1
+    ),
 }
 
 
