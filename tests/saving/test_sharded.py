@@ -12,7 +12,7 @@ from tiny_models import Plain
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from layer_tying import DynamicTying, InputError, TiedLayers, shard_tied_layers
+from layer_tying import DynamicTying, InputError, TiedLayers, Tying, shard_tied_layers, tie
 from layer_tying.core import distributed
 from layer_tying.saving.sharded import load_sharded, save_sharded
 
@@ -121,3 +121,19 @@ def test_a_foreign_state_is_no_checkpoint(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(InputError, match="is not a whole checkpoint"):
         load_sharded(str(tmp_path), made("AdamW")[3])
+
+
+def test_weights_that_the_model_would_not_read_are_refused(tmp_path):
+    """Of two parts the checkpoint ties one, and the other has fewer weights in the model."""
+    attention, rest = ["norm.*", "feed_forward*", "scale"], ["attention*"]  # left untied
+    saved, model = Plain(), Plain()
+    save_sharded(tmp_path / "saved", tie(saved, "cycle", 2, untied=attention))
+    tie(model, "cycle", 3, untied=rest)
+    layers = TiedLayers(model, untied=attention)
+    with pytest.raises(InputError, match=r"blocks\.3\.\S+ of its own there, and not here"):
+        load_sharded(tmp_path / "saved", layers)
+    assert layers.tying.num_independent == 6
+    TiedLayers(model, untied=rest).apply(Tying.independent(6))
+    load_sharded(tmp_path / "saved", TiedLayers(model, untied=attention))
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(model(x), saved(x), rtol=0, atol=0)

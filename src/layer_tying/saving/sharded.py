@@ -91,7 +91,8 @@ def load_sharded(folder: str | Path, layers: TiedLayers) -> Any:
 
     Args:
         folder: what ``save_sharded`` wrote.
-        layers: those of a model of the same shape, sharded or not, and its optimizers.
+        layers: those of a model of the same shape, sharded or not, and its optimizers. Where it is
+            tied in several parts, the others are tied as they were saved already.
 
     Returns:
         What was saved as ``training``.
@@ -185,6 +186,12 @@ def _check_fit(
     for name in sorted(owned | elsewhere):
         if f"{MODEL}{name}" not in facts:
             raise InputError(f"{folder} is of another model: it has no {name}")
+    for name in sorted(n.removeprefix(MODEL) for n in facts if n.startswith(MODEL)):
+        if name not in owned | elsewhere:
+            raise InputError(
+                f"{folder} is tied otherwise outside of these layers: it has {name} of its own "
+                f"there, and not here: tie every part as it was first"
+            )
 
 
 def _empty(facts: TensorStorageMetadata) -> Tensor:
