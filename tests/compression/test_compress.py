@@ -182,6 +182,11 @@ def test_batches_of_another_kind_are_refused():
         compress(gpt2(), [[tokens()]], layers=2, **FEW)
 
 
+def test_batches_may_hold_more_than_tensors():
+    small = compress(gpt2(), [{**batch, "use_cache": False} for batch in BATCHES], layers=2, **FEW)
+    assert TiedLayers(small).tying.num_independent == 2
+
+
 def test_groups_that_cannot_keep_kinds_apart_are_refused():
     options = {"stack": ["encoder.block", "decoder.block"], "by_kind": True, "sharing": "tied"}
     untied = ["*relative_attention_bias*"]

@@ -22,9 +22,10 @@ from layer_tying.compression.settings import (
     HealingSettings,
     SearchSettings,
 )
-from layer_tying.compression.source import _as_numbered_by, kind_of, open_model
+from layer_tying.compression.source import _as_numbered_by, fingerprint, kind_of, open_model
 from layer_tying.core.find import find_layers
 from layer_tying.data.images import load_images
+from layer_tying.report.compression import write_compression_report
 from layer_tying.runs.config import OptimizationConfig, read_config
 from layer_tying.runs.train import Interrupted, train
 from layer_tying.saving.export import export_expanded
@@ -107,6 +108,30 @@ def test_the_card_and_the_report_say_what_came_out(small_one):
     page = (folder / "report.html").read_text()
     assert "What sharing costs" in page
     assert (folder / "report_figures" / "divergence.png").is_file()
+
+
+def test_figures_that_are_not_finite_are_dashes_in_the_report(small_one, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_one[0] / "run", run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["tied"] = dict.fromkeys(summary["tied"])  # null, as inf and NaN are written
+    for when in ("before", "after"):
+        summary[when]["validation"] = dict.fromkeys(summary[when]["validation"])
+    summary["after"]["test"] = dict.fromkeys(summary["after"]["test"])
+    (run / "summary.json").write_text(json.dumps(summary))
+    choice = json.loads((run / "choice.json").read_text())
+    choice["candidates"] = {name: (each, None) for name, (each, _) in choice["candidates"].items()}
+    (run / "choice.json").write_text(json.dumps(choice))
+    write_compression_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("—") > (small_one[0] / "report.html").read_text().count("—") + 3
+
+
+def test_a_model_with_a_scalar_has_a_fingerprint():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    before = fingerprint(model)
+    model[1].num_batches_tracked += 1
+    assert fingerprint(model) != before
 
 
 def compress_until(options, event, number, signal_number, resume=False):

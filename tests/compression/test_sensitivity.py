@@ -1,6 +1,7 @@
 """What is measured, against models whose weights were copied by hand."""
 
 import copy
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -191,6 +192,24 @@ def test_equal_layers_are_found_to_cost_nothing():
     choice = choose(Probe(find_layers(model), batches(), outcome_of), 2)
     assert Tying.from_labels(choice.reading).owners == (0, 0, 0, 3, 3, 3)
     assert choice.divergence == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("groups", ["any", *SEARCHES])
+def test_readings_that_overflow_are_not_chosen(groups):
+    """The first layer adds so much that float16 overflows when another one reads its weights."""
+    torch.manual_seed(0)
+    model = Plain(num_layers=4).half()
+    with torch.no_grad():
+        model.blocks[0].feed_forward[1].bias.fill_(4e4)
+        model.head.weight.mul_(1e-3)
+    probe = Probe(find_layers(model), [torch.randn(2, 4, 8).half()], outcome_of)
+    table, _ = probe.table()
+    assert math.inf in table[1], "nothing overflows"
+    assert not any(math.isnan(value) for row in table for value in row)
+    try:
+        assert math.isfinite(choose(probe, 2, groups).divergence)
+    except InputError as error:
+        assert groups in ("cycle", "neighbours") and "finite" in str(error)
 
 
 def test_padding_does_not_count():

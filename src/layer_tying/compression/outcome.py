@@ -39,7 +39,7 @@ def outcome_of(model: nn.Module, batch: Any) -> Outcome:
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        batch = {name: each.to(device) for name, each in batch.items()}
+        batch = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
         output = model(**batch)
     elif isinstance(batch, Tensor):
         batch, output = {}, model(batch.to(device))

@@ -86,7 +86,11 @@ class Probe:
             raise InputError(f"the model's loss is {self._loss} on the first batches")
 
     def divergence(self, reading: Reading) -> float:
-        """Of the output from the untouched model's, in nats; infinite for layers unlike."""
+        """Of the output from the untouched model's, in nats.
+
+        It is infinite for layers that are unlike, and where outputs are not finite numbers, as when
+        float16 overflows.
+        """
         return self._measure(reading)[0]
 
     def table(self) -> tuple[list[list[float]], list[list[float]]]:
@@ -112,8 +116,8 @@ class Probe:
                 for each, kept in zip(found, self._untouched, strict=True)
             ]
             loss = _mean([outcome.loss for outcome in found])
-            rise = None if loss is None or self._loss is None else loss - self._loss
-            self._measured[reading] = sum(values) / len(values), rise
+            rise = None if loss is None or self._loss is None else _or_infinite(loss - self._loss)
+            self._measured[reading] = _or_infinite(sum(values) / len(values)), rise
         return self._measured[reading]
 
     def _outcomes(self, reading: Reading) -> list[Outcome]:
@@ -187,7 +191,8 @@ def choose(probe: Probe, number: int, groups: str = "any") -> Choice:
     reading, least = min(candidates.values(), key=lambda each: each[1])
     if math.isinf(least):
         raise InputError(
-            f"no {groups} groups of {number} keep layers apart that differ: take groups 'any'"
+            f"no {groups} groups of {number} keep layers apart that differ, with outputs that are "
+            f"finite: take groups 'any', more layers, or a model in bfloat16 or float32"
         )
     if groups == "any":
         reading = grouping.refined(reading, probe.divergence)
@@ -203,6 +208,11 @@ def choose(probe: Probe, number: int, groups: str = "any") -> Choice:
 
 def _one(layers: Sequence[int], layer: int, source: int) -> Reading:
     return tuple(source if each == layer else each for each in layers)
+
+
+def _or_infinite(value: float) -> float:
+    """The value; infinity for NaN, which is not smaller than anything and would end no search."""
+    return value if math.isfinite(value) else math.inf
 
 
 def _mean(losses: Sequence[Tensor | None]) -> float | None:

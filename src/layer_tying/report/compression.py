@@ -14,6 +14,7 @@ from layer_tying.errors import InputError
 from layer_tying.report import figures_compression, page, style
 from layer_tying.report.album import Album
 from layer_tying.report.formats import format_bytes, format_number, format_percent, format_scaled
+from layer_tying.runs.reading import as_number
 
 Facts = Mapping[str, Any]
 NOTE = (
@@ -81,7 +82,7 @@ def _lead(summary: Facts) -> str:
 def _tiles(summary: Facts) -> list[tuple[str, str]]:
     name = headline(summary)
     write = SHOWN[name]
-    before, after = (summary[when]["test"][name] for when in ("before", "after"))
+    before, after = (as_number(summary[when]["test"][name]) for when in ("before", "after"))
     share = summary["parameters_after"] / summary["parameters_before"]
     whole = summary["seconds_deciding"] + summary["seconds_healing"]
     return [
@@ -99,7 +100,7 @@ def _quality(summary: Facts) -> Markup:
 
     def cells(scores: Facts) -> list[str]:
         return [
-            SHOWN[name](scores[split][name]) if split in scores else "—"
+            SHOWN[name](as_number(scores[split][name])) if split in scores else "—"
             for split in ("validation", "test")
             for name in names
         ]
@@ -118,7 +119,7 @@ def _quality(summary: Facts) -> Markup:
 
 def _healing(album: Album, lines: list[Facts], summary: Facts) -> Markup:
     name = headline(summary)
-    before = summary["before"]["validation"][name]
+    before = as_number(summary["before"]["validation"][name])
     figure = figures_compression.draw_healing(lines, before, name)
     return album.show("healing", figure, f"Validation {name} during healing.")
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from layer_tying.report.style import ACCENT, CONVENTIONAL, MUTED, NARROW, SHARES, bare, layer_axis
+from layer_tying.runs.reading import as_number
 
 Table = Sequence[Sequence[float | None]]
 
@@ -44,11 +45,11 @@ def draw_candidates(candidates: Mapping[str, tuple[Sequence[int], float | None]]
     known = {name: value for name, (_, value) in candidates.items() if value is not None}
     figure = Figure(figsize=(NARROW, 0.7 + 0.32 * len(known)), layout="constrained")
     axes = figure.subplots()
-    best = min(known.values())
+    best = min(known.values(), default=None)
     colours = [ACCENT if value == best else CONVENTIONAL for value in known.values()]
     bars = axes.barh(list(known), list(known.values()), color=colours, height=0.6)
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8.5)
-    axes.set_xlim(right=1.15 * max(known.values()))
+    axes.set_xlim(right=1.15 * max(known.values(), default=1.0))
     axes.set_xlabel("divergence before healing, nats")
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -66,7 +67,8 @@ def draw_healing(lines: Sequence[Mapping[str, Any]], before: float, label: str) 
     figure = Figure(figsize=(NARROW, 3.0), layout="constrained")
     axes = figure.subplots()
     steps = [line["step"] for line in lines]
-    axes.plot(steps, [line[f"validation_{label}"] for line in lines], color=ACCENT, marker=".")
+    values = [as_number(line[f"validation_{label}"]) for line in lines]
+    axes.plot(steps, values, color=ACCENT, marker=".")
     axes.axhline(before, color=MUTED, linestyle="--", linewidth=1)
     axes.annotate(
         "untouched",
