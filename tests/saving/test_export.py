@@ -245,6 +245,34 @@ def test_a_loaded_model_goes_on_training(tmp_path):
 # Any module, any sharing
 
 
+def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path):
+    model, other = gpt2(), gpt2(num_layers=5)
+    tie(model, "cycle", 2)
+    export_compact(model, tmp_path)
+    before = {name: id(p) for name, p in other.named_parameters()}
+    with pytest.raises(InputError, match="is of another model"):
+        load(tmp_path, other)
+    assert {name: id(p) for name, p in other.named_parameters()} == before
+
+
+def test_a_model_that_is_tied_otherwise_takes_the_tying_of_the_export(tmp_path):
+    torch.manual_seed(0)
+    model, other = Plain(), Plain()
+    tie(model, "sequence", 3)
+    tie(other, "cycle", 2)
+    export_compact(model, tmp_path)
+    assert TiedLayers(load(tmp_path, other)).tying == Tying.from_labels("aabbcc")
+    assert_close(loss_of(other), loss_of(model))
+
+
+def test_a_generation_config_that_transformers_refuses_is_one_line(tmp_path):
+    model = trained("gpt2", True)
+    model.generation_config.top_p = 0.6  # without do_sample
+    for number, export in enumerate((export_compact, export_expanded)):
+        with pytest.raises(InputError, match=r"cannot write the export .*do_sample"):
+            export(model, tmp_path / str(number))
+
+
 def test_a_model_that_is_not_transformers_is_passed_in(tmp_path):
     torch.manual_seed(0)
     model = Plain()
@@ -427,7 +455,10 @@ def changed_config(**changes):
         (changed_config(architectures=None), "name no class"),
         (changed_config(n_layer="x"), "config.json cannot be used"),
         (changed_config(n_head=7), "config.json cannot be used"),
-        (changed_config(n_layer=2), "is of another model: this one has no transformer.h.3"),
+        (
+            changed_config(n_layer=2),
+            r"another model: transformer.h.2\S+ is in one of them only",
+        ),
         (changed_config(n_embd=64), "has shape"),
     ],
 )

@@ -89,7 +89,7 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
             model.save_pretrained(folder, state_dict=plain, max_shard_size="1000GB")
             set_usual_mode(Path(folder) / PLAIN[0])
             _saved_config(model, dtype).save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:  # or an odd generation_config
             raise _unwritable(folder, error) from None
         finally:
             model.config.dtype = was
@@ -130,7 +130,7 @@ def export_compact(model: nn.Module, folder: str | Path, dtype: torch.dtype | No
                     model.generation_config.save_pretrained(folder)
         except RuntimeError as error:
             raise InputError(f"cannot store each weight once: {one_line(error)}") from None
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:  # or an odd generation_config
             raise _unwritable(folder, error) from None
 
     _once(model, write)

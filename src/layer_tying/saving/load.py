@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from layer_tying.core.find import MIXTURE
 from layer_tying.core.mixtures import Mixtures
 from layer_tying.core.parts import stack_of, which
 from layer_tying.core.tied_layers import TiedLayers
@@ -36,7 +37,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Args:
         folder: a compact export, or a run folder of ``layer-tying train``.
         model: the built model where it is not one of transformers; its layers need not be tied. Its
-            weights are replaced, on its device, and it is returned.
+            weights are replaced, on its device, and it is returned. Where the folder does not fit,
+            it is as it was.
 
     Raises:
         InputError: if the folder is neither, is damaged, or is of another model.
@@ -45,12 +47,17 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if (folder / COMPACT).is_file():
         tensors, aliases, settings = _read_compact(folder / COMPACT)
         model = _laid_out(folder).eval() if model is None else model
-        _share(model, aliases, folder)
+        others = {name: tensors[stored] for name, stored in aliases.items() if stored in tensors}
+        check_fit(_but_mixtures({**tensors, **others}), _but_mixtures(_places(model)), folder)
+        _separate(model, tensors)
+        _share(model, aliases)
     elif (folder / "checkpoints" / "best").is_dir():
         best = read_checkpoint(folder / "checkpoints" / "best")
         tensors = best.weights()
         model = lay_out(_config_of(best.facts, folder)).eval() if model is None else model
         settings = best.settings
+        places = {name: place for name, place in _places(model).items() if name in tensors}
+        check_fit(_but_mixtures(tensors), _but_mixtures(places), folder)
         remember_settings(model, settings.but(mixes=False))
         TiedLayers(model).apply(best.tying)
     else:
@@ -104,17 +111,36 @@ def _config_of(facts: Mapping[str, Any], folder: Path) -> PretrainedConfig:
     return AutoConfig.for_model(**facts["model"])
 
 
-def _share(model: nn.Module, aliases: Mapping[str, str], folder: Path) -> None:
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by all their names."""
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def _but_mixtures(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the coefficients, which a model has only once it mixes."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(MIXTURE)}
+
+
+def _separate(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each of these parameters a tensor of its own, in a model that was tied otherwise."""
+    seen: set[Tensor] = set()
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        parameters = model.get_submodule(path)._parameters
+        if (parameter := parameters.get(attribute)) in seen and parameter is not None:
+            parameters[attribute] = nn.Parameter(torch.empty_like(parameter))
+        elif parameter is not None:
+            seen.add(parameter)
+
+
+def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
     """Make each name stand for the tensor of another."""
     for name, stored_name in aliases.items():
         path, _, attribute = name.rpartition(".")
         source_path, _, source = stored_name.rpartition(".")
-        try:
-            here, there = model.get_submodule(path), model.get_submodule(source_path)
-            places = "_parameters" if source in there._parameters else "_buffers"
-            getattr(here, places)[attribute] = getattr(there, places)[source]
-        except (AttributeError, KeyError):
-            raise InputError(f"{folder} is of another model: this one has no {name}") from None
+        here, there = model.get_submodule(path), model.get_submodule(source_path)
+        places = "_parameters" if source in there._parameters else "_buffers"
+        getattr(here, places)[attribute] = getattr(there, places)[source]
 
 
 def _put_in(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
