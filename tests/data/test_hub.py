@@ -97,6 +97,17 @@ def test_images_with_a_test_split(hub, test, sizes):
     assert np.array_equal(found.x_test[:, 0, 0, 0], 100 * found.y_test)
 
 
+def test_images_whose_test_labels_are_not_published(hub):
+    hidden = images(6).map(lambda row: row | {"kind": -1})
+    hub["a/b", None] = {"train": images(40), "test": hidden, "validation": images(4)}
+    assert len(load_images("hub:a/b").x_test) == 4
+    hub["a/b", None] = {"train": images(40), "test": hidden}
+    found = load_images("hub:a/b")  # a part of the training split takes its place
+    assert (len(found.x_test), found.y_test.min()) == (4, 0)
+    hub["a/b", None] = {"train": hidden}
+    assert fails(load_images, "hub:a/b") == "hub:a/b, image 0: its label -1 is none of the classes"
+
+
 def test_images_that_are_cut(hub):
     hub["a/b", None] = {"train": images(40)}
     found = load_images("hub:a/b")

@@ -139,6 +139,40 @@ def test_transformers_reads_what_was_saved(tmp_path, spec):
     assert theirs.pad_token_id == ours.pad_id
 
 
+def test_what_others_need_of_a_tokenizer_is_kept(tmp_path, bpe):
+    """The beginning and unknown tokens, the chat template and the length of a model's tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=bpe.backend, bos_token="<|cls|>", unk_token="a", eos_token="<|endoftext|>"
+    )
+    theirs.model_max_length = 77
+    theirs.chat_template = "{{ messages[0].content }}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = read_tokenizer(tmp_path / "theirs")
+    for folder in ("once", "twice"):
+        read.save(tmp_path / folder)
+        again = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert (again.bos_token, again.unk_token) == ("<|cls|>", "a")
+        assert again.eos_token == "<|endoftext|>"
+        assert (again.pad_token, again.sep_token) == ("<|pad|>", None)
+        assert again.model_max_length == 77
+        chat = [{"role": "user", "content": "cat"}]
+        assert again.apply_chat_template(chat, tokenize=False) == "cat"
+        assert read_tokenizer(tmp_path / folder) == read
+        read = read_tokenizer(tmp_path / folder)
+
+
+def test_a_folder_called_bytes_holds_what_it_holds(tmp_path, bpe):
+    bpe.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "tokenizer.json").rename(tmp_path / "bytes" / "tokenizer.json")
+    for read in (read_tokenizer(tmp_path / "bytes"), load_tokenizer(f"{tmp_path}/bytes", "")):
+        assert np.array_equal(read.encode("the cat"), bpe.encode("the cat"))
+        read.save(tmp_path / "saved")
+        assert read_tokenizer(tmp_path / "saved") == read
+
+
 def test_gpt2_files_under_a_data_folder(tmp_path):
     write_gpt2(tmp_path / "tokenizers" / "gpt2")
     gpt2 = load_tokenizer("gpt2", "", tmp_path)

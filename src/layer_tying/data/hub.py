@@ -18,6 +18,7 @@ from layer_tying.errors import InputError
 
 PREFIX = "hub:"
 VALIDATION = ("validation", "valid", "dev")
+HIDDEN = {-1, None}  # labels that are not published
 
 
 def is_on_hub(dataset: str) -> bool:
@@ -47,21 +48,27 @@ def hub_images(dataset: str) -> tuple[Labelled, Labelled | None, tuple[str, ...]
     The images are its only column of images, the labels its only column of class labels. Without a
     test split, the validation split is what is tested on.
 
+    A split whose labels are not published, which the hub shows as -1, is not tested on.
+
     Raises:
-        InputError: if it cannot be had, has no such columns or no training split, or its images
-            differ in size.
+        InputError: if it cannot be had, has no such columns or no training split, a label is no
+            class, or its images differ in size.
     """
     splits = _load(dataset)
     train = _training_split(dataset, splits)
     image = _only_column(dataset, train, "Image")
     label = _only_column(dataset, train, "ClassLabel")
-    test = next((splits[name] for name in ("test", *VALIDATION) if name in splits), None)
+    classes = tuple(train.features[label].names)
+    held_out = (splits[name] for name in ("test", *VALIDATION) if name in splits)
+    test = next((part for part in held_out if set(part[label]) - HIDDEN), None)
 
     def labelled(part: Any) -> Labelled:
+        for i, each in enumerate(part[label]):
+            if each not in range(len(classes)):
+                raise InputError(f"{dataset}, image {i}: its label {each} is none of the classes")
         named = ((f"{dataset}, image {i}", each) for i, each in enumerate(part[image]))
         return images_as_array(named), np.array(part[label], np.int64)
 
-    classes = tuple(train.features[label].names)
     return labelled(train), None if test is None else labelled(test), classes
 
 

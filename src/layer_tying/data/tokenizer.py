@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -49,7 +50,12 @@ SPECIAL = {  # the names under which published vocabularies hold their special t
     "cls": ("<|cls|>", "[CLS]"),
     "sep": ("[SEP]",),
 }
-CONFIG = "tokenizer_config.json"
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+KEPT = (  # of the configuration of a tokenizer that is saved again, for others who load it
+    *("bos_token", "unk_token", "pad_token", "sep_token", "additional_special_tokens"),
+    *("extra_special_tokens", "chat_template", "model_max_length", "padding_side"),
+    *("truncation_side", "clean_up_tokenization_spaces"),
+)
 PIECE = 1 << 16
 # A cut here changes no token: every pre-tokenizer starts a new word at a lone space, and, unless a
 # space is put before what is encoded, after a lone line end.
@@ -63,6 +69,7 @@ class Tokenizer:
 
     Special ids are None where the vocabulary has none, except that sep and pad fall back on eos
     (GPT-2 has no other); padding is always masked as well, so the two are never confused.
+    `config` is what its folder says, of which `save` keeps what others need.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Tokenizer:
     cls_id: int | None
     sep_id: int | None
     backend: tokenizers.Tokenizer = field(repr=False, compare=False)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [N]: no special token is added, and none is read out of it."""
@@ -125,12 +133,15 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        config: dict[str, str] = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "layer_tying_name": self.name,
+            **{name: self.config[name] for name in KEPT if name in self.config},
         }
         for role in SPECIAL:
             token_id = getattr(self, f"{role}_id")
+            if self.config and role in ("pad", "sep") and token_id == self.eos_id:
+                continue  # a fallback of ours, or kept from the configuration
             token = None if token_id is None else self.backend.id_to_token(token_id)
             if token is not None:
                 config[f"{role}_token"] = token
@@ -253,7 +264,10 @@ def _from_path(path: Path, name: str) -> Tokenizer:
     except Exception as error:  # `tokenizers` raises bare Exceptions
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: not a usable tokenizer ({reason})") from error
-    return _from_backend(name, backend, _config(folder))
+    config = _config(folder)
+    if name == BYTES and config.get("layer_tying_name") != BYTES:
+        name = f"./{name}"  # a folder of that name, which holds another tokenizer
+    return _from_backend(name, backend, config)
 
 
 def _wordpiece(file: Path, config: dict) -> tokenizers.Tokenizer:
@@ -272,7 +286,7 @@ def _wordpiece(file: Path, config: dict) -> tokenizers.Tokenizer:
 
 
 def _from_backend(
-    name: str, backend: tokenizers.Tokenizer, config: Mapping[str, object] = MappingProxyType({})
+    name: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any] = MappingProxyType({})
 ) -> Tokenizer:
     """Wrap a loaded tokenizer; its special tokens are those `config` names, else the usual ones."""
     backend.no_padding()
@@ -296,12 +310,13 @@ def _from_backend(
         cls_id=ids["cls"],
         sep_id=ids["eos"] if ids["sep"] is None else ids["sep"],
         backend=backend,
+        config=config,
     )
 
 
-def _config(folder: Path) -> dict:
-    """The tokenizer_config.json of a folder, empty where there is none."""
-    file = folder / CONFIG
+def _config(folder: Path) -> dict[str, Any]:
+    """The tokenizer_config.json of a folder, with its chat template; empty if there is none."""
+    file, template = folder / CONFIG, folder / TEMPLATE
     if not file.is_file():
         return {}
     try:
@@ -310,4 +325,4 @@ def _config(folder: Path) -> dict:
         raise InputError(f"{file}: not JSON (line {error.lineno}: {error.msg})") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object")
-    return config
+    return {"chat_template": read_text(template), **config} if template.is_file() else config
