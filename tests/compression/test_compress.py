@@ -182,6 +182,20 @@ def test_batches_of_another_kind_are_refused():
         compress(gpt2(), [[tokens()]], layers=2, **FEW)
 
 
+def test_layers_that_share_by_themselves_are_untied_by_name():
+    """T5's decoder, two of whose layers are one from the start, and which has two lists."""
+    model = t5()
+    blocks = model.decoder.block
+    for name, _ in [*blocks[1].named_parameters()]:
+        path, _, attribute = name.rpartition(".")
+        there = blocks[0].get_submodule(path)._parameters.get(attribute)
+        if there is not None:
+            blocks[1].get_submodule(path)._parameters[attribute] = there
+    options = {"stack": "decoder.block", "untied": ["*relative_attention_bias*"]}
+    small = compress(model, BATCHES, layers=1, sharing="tied", **options, **FEW)
+    assert TiedLayers(small, layers="decoder.block").tying.num_independent == 1
+
+
 def test_batches_may_hold_more_than_tensors():
     small = compress(gpt2(), [{**batch, "use_cache": False} for batch in BATCHES], layers=2, **FEW)
     assert TiedLayers(small).tying.num_independent == 2

@@ -23,7 +23,7 @@ from layer_tying.compression.settings import (
     settled,
 )
 from layer_tying.core.find import LayerStack
-from layer_tying.core.parts import stack_of
+from layer_tying.core.parts import stack_of, which
 from layer_tying.core.tied_layers import Options
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.untied_copy import untied_copy
@@ -111,7 +111,7 @@ def _untied(model: nn.Module, options: Options) -> nn.Module:
         stack = _stack_of(model, options)
         if tying_in_use(stack).num_independent == len(stack.names):
             return model
-    return untied_copy(model)
+    return untied_copy(model, **which(TyingSettings().but(**options)))
 
 
 def _groups(
