@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from layer_tying import DynamicTying, InputError, RandomPolicy, TiedLayers, Tying
 from layer_tying.integrations.rewards import batch_reward
 from layer_tying.integrations.trainer import FOLDER, DynamicTyingCallback
+from layer_tying.saving.checkpoint import read_checkpoint
 
 
 class Stream(IterableDataset):
@@ -382,6 +384,31 @@ def test_a_model_made_anew_is_tied_anew(tmp_path):
         )
     assert found[0] == found[1]
     assert found[0][0].num_independent == 2 and found[0][1].residual_scaling == 1.0
+
+
+class AsInASearch(TrainerCallback):
+    """The Trainer says so in a search for hyperparameters."""
+
+    def on_train_begin(self, args, state, control, **at_hand):
+        state.is_hyper_param_search = True
+
+
+def test_each_trial_of_a_search_has_its_own_state(tmp_path):
+    """Of two trials with checkpoints of equal names, both load their best weights."""
+    owners, best = [], []
+    for number in range(2):
+        ours = callback(policy=RandomPolicy(number), every=2)
+        options = {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+        run = trainer(tmp_path, ours, load_best_model_at_end=True, **options)
+        run.callback_handler.callbacks.insert(0, AsInASearch())
+        run._get_output_dir = lambda trial=None, number=number: str(tmp_path / f"run-{number}")
+        run.train()
+        best.append(Path(run.state.best_model_checkpoint))
+        assert best[-1].parent.name == f"run-{number}"
+        owners.append(read_checkpoint(best[-1] / FOLDER).tying)
+        assert ours.dynamic.tying == owners[-1]
+    assert best[0].name == best[1].name and owners[0] != owners[1]
+    assert not [*tmp_path.glob("checkpoint-*")]
 
 
 def test_a_checkpoint_of_training_once_more_is_resumed_elsewhere(tmp_path):

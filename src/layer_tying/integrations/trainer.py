@@ -174,7 +174,7 @@ class DynamicTyingCallback(TrainerCallback):
         model, optimizer = at_hand["model"], _bare(at_hand["optimizer"])
         save = partial(
             checkpoint.save_checkpoint,
-            _folder_of(args, state.global_step) / FOLDER,
+            _folders_of(args, state)[0] / FOLDER,
             model,
             self.dynamic.tying,
             step=state.global_step,
@@ -258,8 +258,15 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _folder_of(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{step}"
+def _folders_of(args: TrainingArguments, state: TrainerState) -> list[Path]:
+    """Where the Trainer has its checkpoint of this step; the newest first.
+
+    In a search for hyperparameters each trial has a folder, and callbacks are not told which.
+    """
+    output, name = Path(str(args.output_dir)), f"checkpoint-{state.global_step}"
+    written = output.glob(f"run-*/{name}/trainer_state.json") if state.is_hyper_param_search else ()
+    newest_first = sorted(written, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    return [*(file.parent for file in newest_first), output / name]
 
 
 def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Checkpoint | None:
@@ -267,7 +274,7 @@ def _saved_with(args: TrainingArguments, state: TrainerState) -> checkpoint.Chec
     runs = [entry["tying_run"] for entry in state.log_history if "tying_run" in entry]
     if not runs:
         return None
-    folders = [_folder_of(args, state.global_step)]
+    folders = _folders_of(args, state)
     if isinstance(args.resume_from_checkpoint, str):
         folders.insert(0, Path(args.resume_from_checkpoint))
     for folder in folders:
