@@ -44,7 +44,8 @@ WHAT = {
     "compress, tied": "ties the same groups.",
     "compress, hidden states": "also learns the hidden states after each layer "
     "(`--hidden-weight 1`).",
-    "compress, gradual": "ties one group after another over the first half of the steps.",
+    "compress, gradual": "ties one group after another over the first half of the steps; before "
+    "healing it is measured with the first one tied.",
     "compress, closed form": "starts the mixtures from a truncated singular value decomposition of "
     "all layers, weighted by activations.",
     "compress, neighbours": SEARCH,
