@@ -1,11 +1,11 @@
 """A trained model made smaller, by `compress` and by its rivals, all healed alike.
 
 All methods have the same teacher, as many parameters, the same batches and steps and the same
-objective. Learning rates are chosen on validation. Each case runs in a process of its own; what was
-stopped goes on, and what failed is tried again. Results: `benchmarks/results/compress.json` and
-`docs/compress.md`.
+objective. Each case runs in a process of its own; what was stopped goes on, and what failed is
+tried again. Results: `benchmarks/results/compress.json` and `docs/compress.md`.
 
-    python benchmarks/compress.py --sets 4 --processes 2
+    python benchmarks/compress.py --processes 2                     # the methods that are compared
+    python benchmarks/compress.py --teachers vit --methods "compress, gradual" --rates 1e-3 2e-3
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ OURS: dict[str, dict[str, Any]] = {
 }
 GROUPS = {f"compress, {name}": name for name in ("neighbours", "cycle", "free", "grown")}
 METHODS = [*OURS, *GROUPS, *RIVALS, SCRATCH]
+CLAIMED = ("compress", "low rank")  # with four layers, by three seeds
+COMPARED = {  # by the number of layers; with six, of the text only
+    4: ["compress", "compress, tied", *RIVALS, SCRATCH],
+    6: ["compress", "low rank", "least influential dropped", SCRATCH],
+}
 TIED = HealingSettings(sharing="tied")  # for rivals: nothing is mixed
 PROBES = 2
 SPLITS = ("validation", "test")
@@ -60,10 +65,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/compress"), help="of teachers")
     parser.add_argument("--output", type=Path, default=RESULTS / "compress.json")
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--sets", nargs="+", type=int, default=[4, 6])
-    parser.add_argument("--rates", nargs="+", type=float, help="default: the teacher's, and twice")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: the compared ones")
+    parser.add_argument("--sets", nargs="+", type=int, choices=COMPARED, default=list(COMPARED))
+    parser.add_argument("--rates", nargs="+", type=float, help="default: the best that is known")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0; of what is claimed three")
     parser.add_argument("--steps", type=int, help="of healing; default: a tenth of the teacher's")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
@@ -106,15 +111,18 @@ def _gates(options: argparse.Namespace) -> Iterator[Case]:
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     """What to measure. A model from scratch has its teacher's learning rate."""
-    for seed, sets, method, name in product(
-        options.seeds, options.sets, options.methods, options.teachers
-    ):
+    for sets, name in product(options.sets, options.teachers):
         teacher = TEACHERS[name]
         steps = options.steps or teacher.steps // 10
-        rates = options.rates or [teacher.rate, 2 * teacher.rate]
-        for rate in [teacher.rate] if method == SCRATCH else rates:
-            case = {"teacher": name, "method": method, "sets": sets, "steps": steps}
-            yield {**case, "lr": rate, "seed": seed}
+        compared = COMPARED[sets] if sets == 4 or name == "text" else []
+        for method in options.methods or compared:
+            is_claimed = sets == 4 and method in CLAIMED
+            seeds = options.seeds or ([0, 1, 2] if is_claimed else [0])
+            halved = sets == 4 and method in teacher.at_half
+            rates = options.rates or [teacher.healing_rate / (2 if halved else 1)]
+            for rate, seed in product([teacher.rate] if method == SCRATCH else rates, seeds):
+                case = {"teacher": name, "method": method, "sets": sets, "steps": steps}
+                yield {**case, "lr": rate, "seed": seed}
 
 
 def measure(case: Case) -> Case:

@@ -21,12 +21,16 @@ class Teacher:
     Attributes:
         what: it is, in a few words for the page.
         flags: of `layer-tying train`, but where the run lies.
+        healing_rate: the learning rate of healing.
+        at_half: the methods that are better at half of it, with four layers.
         cut: writes the data into a folder, where they are a part of a text.
         probes: how many batches the groups are chosen on, two at most.
     """
 
     what: str
     flags: Flags
+    healing_rate: float
+    at_half: tuple[str, ...] = ()
     cut: Callable[[Path], None] | None = None
     probes: int = 2
 
@@ -55,10 +59,19 @@ class Teacher:
 TEXT = SETTINGS["wiki2-bytes"]
 WIDER = {"emsize": 128, "nhead": 4, "lr": 1.5e-3, "policy": "none"}
 TEACHERS = {
-    "text": Teacher("Llama on bytes", {**TEXT.flags, **WIDER}, TEXT.cut),
-    "vit": Teacher("ViT on CIFAR-10", of_the_paper("vit-cifar10-conventional")),
-    "bert": Teacher(  # its batches have 64 sequences, eight times as many as those of the text
-        "BERT on masked bytes", of_the_paper("bert-wiki2-conventional"), probes=1
+    "text": Teacher(
+        "Llama on bytes",
+        {**TEXT.flags, **WIDER},
+        healing_rate=3e-3,
+        at_half=("compress", "low rank"),
+        cut=TEXT.cut,
+    ),
+    "vit": Teacher("ViT on CIFAR-10", of_the_paper("vit-cifar10-conventional"), healing_rate=1e-3),
+    "bert": Teacher(
+        "BERT on masked bytes",
+        of_the_paper("bert-wiki2-conventional"),
+        healing_rate=2e-3,
+        probes=1,  # its batches have 64 sequences, eight times as many as those of the text
     ),
 }
 
