@@ -127,10 +127,12 @@ def _separate(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         path, _, attribute = name.rpartition(".")
         parameters = model.get_submodule(path)._parameters
-        if (parameter := parameters.get(attribute)) in seen and parameter is not None:
+        parameter = parameters.get(attribute)
+        if parameter is None:  # a buffer
+            continue
+        if parameter in seen:
             parameters[attribute] = nn.Parameter(torch.empty_like(parameter))
-        elif parameter is not None:
-            seen.add(parameter)
+        seen.add(parameter)
 
 
 def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
