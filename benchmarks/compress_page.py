@@ -32,7 +32,7 @@ HOW = (
     "the steps that the model was trained for, with the same objective: nine tenths of the "
     "divergence from the untouched model's outputs, one tenth of the ordinary loss. The seed of "
     "healing sets the order of the data and the random draws. `compress` chooses the groups on two "
-    "batches; on one of BERT, whose batches are eight times as large as those of the text. "
+    "batches, and for BERT, whose batches are eight times as large as those of the text, on one. "
     "Ratios are of perplexities: per byte, or, of a ViT, per image. Times were taken while other "
     "work ran: compare them roughly. `make bench-compress` goes on measuring what is missing and "
     "writes this page from `benchmarks/results/compress.json`."
