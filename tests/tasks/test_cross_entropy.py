@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from layer_tying.tasks import cross_entropy
-from layer_tying.tasks.cross_entropy import chunked_cross_entropy, language_model_loss
+from layer_tying.tasks.cross_entropy import (
+    chunked_cross_entropy,
+    language_model_loss,
+    predicted_logits,
+)
 
 pytestmark = pytest.mark.numerics
 
@@ -120,6 +124,8 @@ def test_it_is_the_loss_of_a_models_logits(kind):
         torch.testing.assert_close(parameter.grad, 2 * gradients[name], msg=f"{name}, accumulated")
     with torch.no_grad():
         torch.testing.assert_close(language_model_loss(model, inputs, labels), wanted)
+        logits = model(input_ids=inputs).logits[labels >= 0]
+        torch.testing.assert_close(predicted_logits(model, inputs, labels), logits)
 
 
 def test_no_gradients_are_made_where_none_are_wanted():

@@ -110,6 +110,14 @@ def test_a_masked_model_is_scored_by_its_guesses_and_not_by_bytes(data):
     assert scores["masked_accuracy"] == pytest.approx(hits.mean())
 
 
+def test_a_masked_batch_is_evaluated_by_one_run_of_the_model(data):
+    task = task_of(config_of(data, dataset="wiki2", family="bert", eval_batch_size=4))
+    model, runs = model_of(task), []
+    model.base_model.register_forward_hook(lambda *_: runs.append(1))
+    task.scores(model, "validation", max_batches=3)
+    assert len(runs) == 3
+
+
 def test_lambada_is_scored_by_its_last_words_too(data):
     settings = {"tokenizer": "bpe:330", "max_steps": 80, "batch_size": 16, "emsize": 32}
     config = config_of(data, dataset="lambada", lr=0.01, **settings)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from layer_tying.data.batches import IGNORED
-from layer_tying.models.families import FAMILIES
+from layer_tying.models.families import FAMILIES, Family
 from layer_tying.tasks.evaluation import cross_entropy
 
 CHUNK = 2**23  # logits computed at a time: 32 MiB in float32
@@ -42,12 +42,31 @@ def language_model_loss(model: PreTrainedModel, inputs: Tensor, labels: Tensor) 
     if embedding.weight is head.weight and head.weight.requires_grad and torch.is_grad_enabled():
         pending = []
         embedded = _Lookup.apply(inputs, embedding.weight, embedding.padding_idx, pending)
-        hidden = model.base_model(inputs_embeds=embedded).last_hidden_state
+        hidden = _read_by_head(model, family, inputs_embeds=embedded)
     else:
-        hidden = model.base_model(input_ids=inputs).last_hidden_state
-    if family.head_transform:
-        hidden = model.get_submodule(family.head_transform)(hidden)
+        hidden = _read_by_head(model, family, input_ids=inputs)
     return chunked_cross_entropy(hidden, head, labels, pending)
+
+
+def predicted_logits(model: PreTrainedModel, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The logits [N, vocabulary] of the N positions whose label is not ignored, in their order.
+
+    Of a family in ``FAMILIES`` no others are computed. The arguments are those of
+    ``language_model_loss``.
+    """
+    predicted = labels != IGNORED
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return model(input_ids=inputs).logits[predicted]
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head(_read_by_head(model, family, input_ids=inputs)[predicted])
+
+
+def _read_by_head(model: PreTrainedModel, family: Family, **inputs: Tensor) -> Tensor:
+    """The hidden states [B, T, width] that the head of a language model reads."""
+    hidden = model.base_model(**inputs).last_hidden_state
+    return model.get_submodule(family.head_transform)(hidden) if family.head_transform else hidden
 
 
 def chunked_cross_entropy(

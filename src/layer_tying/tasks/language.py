@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,15 @@ from layer_tying.models.build import transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import FAMILIES, TextInput
 from layer_tying.tasks import metrics
-from layer_tying.tasks.cross_entropy import language_model_loss
-from layer_tying.tasks.evaluation import evaluating, mean_loss, most_likely, of_my_share, slices
+from layer_tying.tasks.cross_entropy import language_model_loss, predicted_logits
+from layer_tying.tasks.evaluation import (
+    cross_entropy,
+    evaluating,
+    mean_loss,
+    most_likely,
+    of_my_share,
+    slices,
+)
 
 METRICS = ("loss", "perplexity")
 MASKED_METRICS = (*METRICS, "masked_accuracy")
@@ -131,6 +137,8 @@ class LanguageTask:
         part = getattr(self.corpus, split)
         inputs, labels = self._windows[split]
         batches = slices(len(inputs), self._eval_batch_size, max_batches)
+        if self.masked:
+            return _masked_scores(model, [(inputs[rows], labels[rows]) for rows in batches])
 
         def loss_and_count(rows: slice) -> tuple[Tensor, int]:
             loss = self.loss(model, (inputs[rows], labels[rows]))
@@ -141,30 +149,12 @@ class LanguageTask:
         outcome = metrics.Outcome(
             loss, num_tokens=len(part.tokens), num_bytes=part.num_bytes, num_words=part.num_words
         )
-        if self.masked:
-            predicted, masked = self._guesses(model, inputs, labels, batches)
-            outcome = replace(outcome, predicted=predicted, labels=masked)
-            return metrics.scores(MASKED_METRICS, outcome)
         found = metrics.scores(CAUSAL_METRICS, outcome)
         if part.num_words is not None:
             found |= metrics.scores(WORD_METRICS, outcome)
         if self._last_words and split == "test":
             found |= metrics.scores(LAST_WORD_METRICS, self._last_word_outcome(model))
         return found
-
-    def _guesses(
-        self, model: PreTrainedModel, inputs: np.ndarray, labels: np.ndarray, batches: list[slice]
-    ) -> Pair:
-        """The most likely token at each masked place, and the true one."""
-
-        def guessed(rows: slice) -> np.ndarray:
-            found = most_likely(logits_of_tokens(model, torch.from_numpy(inputs[rows])))
-            return found[labels[rows] != IGNORED]
-
-        with evaluating(model):
-            found = distributed.gather_dealt(of_my_share(batches, guessed))
-        used = np.concatenate([labels[rows] for rows in batches])
-        return np.concatenate(found), used[used != IGNORED]
 
     def _last_word_outcome(self, model: PreTrainedModel) -> metrics.Outcome:
         with evaluating(model):
@@ -178,6 +168,23 @@ class LanguageTask:
     def save(self, folder: Path) -> None:
         """Write the tokenizer."""
         self.tokenizer.save(folder / FOLDER)
+
+
+def _masked_scores(model: PreTrainedModel, batches: Sequence[Pair]) -> dict[str, float]:
+    """Loss, perplexity and accuracy of the masked tokens, all from one run of the model."""
+
+    def guess(batch: Pair) -> tuple[tuple[Tensor, int], np.ndarray]:
+        inputs, labels = (torch.from_numpy(array).to(model.device) for array in batch)
+        logits = predicted_logits(model, inputs, labels)
+        loss = cross_entropy(logits, labels[labels != IGNORED])
+        return (loss, len(logits)), most_likely(logits)
+
+    with evaluating(model):
+        mine = of_my_share(batches, guess)
+    loss = mean_loss(each for each, _ in mine)
+    predicted = np.concatenate(distributed.gather_dealt([found for _, found in mine]))
+    masked = np.concatenate([labels[labels != IGNORED] for _, labels in batches])
+    return metrics.scores(MASKED_METRICS, metrics.Outcome(loss, predicted, masked))
 
 
 def logits_of_tokens(model: PreTrainedModel, inputs: Tensor) -> Tensor:
