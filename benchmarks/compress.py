@@ -4,7 +4,7 @@ All methods have the same teacher, as many parameters, the same batches and step
 objective. Each case runs in a process of its own; what was stopped goes on, and what failed is
 tried again. Results: `benchmarks/results/compress.json` and `docs/compress.md`.
 
-    python benchmarks/compress.py --processes 2                     # the methods that are compared
+    python benchmarks/compress.py --processes 2                     # what `COMPARED` names
     python benchmarks/compress.py --teachers vit --methods "compress, gradual" --rates 1e-3 2e-3
 """
 
@@ -49,10 +49,14 @@ OURS: dict[str, dict[str, Any]] = {
 GROUPS = {f"compress, {name}": name for name in ("neighbours", "cycle", "free", "grown")}
 METHODS = [*OURS, *GROUPS, *RIVALS, SCRATCH]
 CLAIMED = ("compress", "low rank")  # with four layers, by three seeds
-COMPARED = {  # by the number of layers; with six, of the text only
-    4: ["compress", "compress, tied", *RIVALS, SCRATCH],
-    6: ["compress", "low rank", "least influential dropped", SCRATCH],
+MAIN = ["compress", "low rank", "sequence, first layers", "least influential dropped"]
+COMPARED = {  # by the model and the number of layers: what takes less than five hours
+    ("text", 4): ["compress", "compress, tied", *RIVALS, SCRATCH],
+    ("text", 6): ["compress", "low rank"],
+    ("vit", 4): MAIN,
+    ("bert", 4): [*MAIN, SCRATCH],
 }
+SETS = (4, 6)
 TIED = HealingSettings(sharing="tied")  # for rivals: nothing is mixed
 PROBES = 2
 SPLITS = ("validation", "test")
@@ -65,13 +69,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/compress"), help="of teachers")
     parser.add_argument("--output", type=Path, default=RESULTS / "compress.json")
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: the compared ones")
-    parser.add_argument("--sets", nargs="+", type=int, choices=COMPARED, default=list(COMPARED))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: see COMPARED")
+    parser.add_argument("--sets", nargs="+", type=int, choices=SETS, default=list(SETS))
     parser.add_argument("--rates", nargs="+", type=float, help="default: the best that is known")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0; of what is claimed three")
     parser.add_argument("--steps", type=int, help="of healing; default: a tenth of the teacher's")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # so that the results say what each case and each training run has
     rows = [row for row in rows_so_far(options.output) if "error" not in row]
     known = len(rows)
     cases = [*_gates(options), *_cases(options)]
@@ -114,8 +119,7 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for sets, name in product(options.sets, options.teachers):
         teacher = TEACHERS[name]
         steps = options.steps or teacher.steps // 10
-        compared = COMPARED[sets] if sets == 4 or name == "text" else []
-        for method in options.methods or compared:
+        for method in options.methods or COMPARED.get((name, sets), []):
             is_claimed = sets == 4 and method in CLAIMED
             seeds = options.seeds or ([0, 1, 2] if is_claimed else [0])
             halved = sets == 4 and method in teacher.at_half
