@@ -35,11 +35,11 @@ from layer_tying.paper.results import (
 from layer_tying.paper.rows import recipes
 from layer_tying.report.results import results_page
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.interrupt import INTERRUPTED
 from layer_tying.runs.processes import Ended, Job
 
 SCALE = "small"
 MOST_PROCESSES = 2
-INTERRUPTED = 130  # exit code
 REPOSITORY = Path(__file__).resolve().parent.parent
 Rows = dict[int, dict[str, TrainConfig]]  # of each seed, by name
 

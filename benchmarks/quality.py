@@ -31,11 +31,11 @@ from quality_settings import SETTINGS, Setting, claimed, command_of, methods_of,
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
 from layer_tying.runs.config import TrainConfig
+from layer_tying.runs.interrupt import INTERRUPTED
 from layer_tying.runs.processes import Ended, Job, train_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results/quality.json"
-INTERRUPTED = 130  # exit code
 
 
 def main() -> int:

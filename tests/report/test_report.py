@@ -26,7 +26,7 @@ from layer_tying.report import (
     tables,
     write_report,
 )
-from layer_tying.report.runs import curve, group_runs, numbers, spread
+from layer_tying.report.runs import conventional_for, curve, group_runs, numbers, spread
 from layer_tying.runs.reading import read_run
 
 LAYER_PARAMETERS, OTHER_PARAMETERS = 1000, 500
@@ -258,6 +258,77 @@ def test_curves_are_means_over_seeds_on_the_tokens_all_have_reached(tmp_path):
     assert mean == pytest.approx(2 * tokens, abs=6)  # windows of five tokens
 
 
+def test_seeds_of_different_length_stay_where_they_were_measured(tmp_path):
+    for seed, last in enumerate((10, 4)):
+        folder = write_run(tmp_path / str(seed), seed=seed)
+        lines = [{"tokens": 1000 * i, "loss": i + seed} for i in range(1, last + 1)]
+        write_lines(folder / "metrics.jsonl", lines)
+    (group,) = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    tokens, mean, _ = curve(group, "loss")
+    assert tokens.tolist() == [1000, 2000, 3000, 4000] and mean.tolist() == [1.5, 2.5, 3.5, 4.5]
+
+
+def test_a_seed_that_has_just_started_hides_nothing_of_the_others(tmp_path):
+    write_run(tmp_path / "0", seed=0)
+    started = write_run(tmp_path / "1", seed=1, finished=False)
+    (started / "metrics.jsonl").unlink()
+    write_lines(started / "tying.jsonl", [{"state": [0] * 8}])
+    groups = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    assert len(curve(groups[0], "loss")[0])
+    assert figures_tying.draw_independence(groups[0]).axes[0].images[0].get_array().shape[1] > 1
+    write_report([tmp_path / "0", tmp_path / "1"], tmp_path / "page.html")
+    written = {file.stem for file in (tmp_path / "page_figures").iterdir()}
+    assert {"loss", "memory", "tying_dqn", "independence_dqn", "q_values"} <= written
+
+
+def test_a_seed_that_diverged_is_not_left_out_of_a_mean(tmp_path):
+    for seed, perplexity in enumerate((10.0, 12.0, None)):
+        write_run(tmp_path / str(seed), seed=seed, summary={"validation_perplexity": perplexity})
+    (group,) = group_runs([read_run(tmp_path / str(seed)) for seed in range(3)])
+    assert math.isnan(spread(group, "validation_perplexity").mean)
+
+
+def test_the_baseline_is_the_conventional_run_that_differs_least(tmp_path):
+    settings = {"accumulate": 4, "lr": 0.001}
+    ours = write_run(tmp_path / "ours", **settings)
+    others = [
+        write_run(tmp_path / "less", "none", **settings | {"accumulate": 1}),
+        write_run(tmp_path / "faster", "none", **settings | {"lr": 0.01}),
+        write_run(tmp_path / "same", "none", **settings),
+    ]
+    groups = group_runs([read_run(folder) for folder in (ours, *others)])
+    (group,) = [group for group in groups if group.runs[0].path == ours]
+    baseline = conventional_for(group, groups)
+    assert baseline and baseline.runs[0].path == others[2]
+    assert (
+        conventional_for(group, [group for group in groups if group.runs[0].path == others[0]])
+        is None
+    )
+
+
+def test_runs_whose_settings_read_alike_are_told_apart_by_their_folders(tmp_path):
+    folders = [
+        write_run(tmp_path / name / "run", dataset=f"{tmp_path}/{name}/text") for name in "ab"
+    ]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [group.label for group in groups] == ["dqn · text · a/run", "dqn · text · b/run"]
+    _, rows = tables.run_list(groups)
+    assert [row[0] for row in rows] == ["a/run", "b/run"]
+
+
+def test_no_figure_is_written_over_another_one(tmp_path):
+    names = ("данные", "λόγοι", "1")
+    folders = [write_run(tmp_path / str(i), dataset=name) for i, name in enumerate(names)]
+    write_report(folders, tmp_path / "page.html")
+    assert len(list((tmp_path / "page_figures").glob("tying_*.svg"))) == 3
+
+
+def test_only_gpt2_on_text_stands_with_the_papers_gpt2(tmp_path):
+    for name, settings in {"bert": {"family": "bert"}, "glue": {"task": "cola"}}.items():
+        (group,) = group_runs([read_run(write_run(tmp_path / name, **settings))])
+        assert tables.with_the_paper([group]) is None
+
+
 def cells(table):
     heads, rows = table
     names = [f"{heading} {name}".strip() for heading, name in heads]
@@ -406,6 +477,19 @@ def test_coefficients_are_drawn_at_three_validations_with_their_leaders(tmp_path
     assert [axes.get_title() for axes in panels[:2]] == ["attn\nq", "mlp\nup"]
     leaders = panels[0].collections[0].get_offsets()[:, 0].tolist()
     assert leaders == np.abs(drawn[0][0]).argmax(axis=1).tolist()
+
+
+def test_coefficients_of_a_run_that_diverged_are_drawn_as_far_as_they_are_numbers(tmp_path):
+    folder = write_run(tmp_path / "run", "mixture", num_layers=3)
+    known, unknown = [[0.5, -2.0], [1.0, 0.0], [0.0, 1.0]], [[None, 1.0], [None, None], [3.0, 1.0]]
+    lines = [{"step": i, "coefficients": {"q": each}} for i, each in enumerate((known, unknown))]
+    write_lines(folder / "metrics.jsonl", lines)
+    figure = figures_mixture.draw_coefficients(read_run(folder))
+    first, last = [axes for axes in figure.axes if axes.images and axes.collections]
+    assert first.images[0].get_clim() == last.images[0].get_clim() == (-3, 3)
+    assert last.collections[0].get_offsets().tolist() == [[0, 2]]
+    write_lines(folder / "metrics.jsonl", [{"step": 1, "coefficients": {"q": [[None, None]] * 3}}])
+    figures_mixture.draw_coefficients(read_run(folder))
 
 
 def test_memory_bars_are_means_and_the_largest_moment(tmp_path):

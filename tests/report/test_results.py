@@ -108,7 +108,7 @@ def test_seeds_are_averaged_with_their_deviation():
         entry("gpt2-wiki2-mixture", test_perplexity=214.0, independent_layers_end=3) | {"seed": 1},
     )
     cells = cells_of(page, "learned mixtures, uses scaled by 1/n")
-    assert cells[1:3] == ["212.000 ± 2.828", "106.0%"]
+    assert cells[1:3] == ["212.000 ± 2.828", "105.0%"]  # the conventional row has seed 0 only
     assert cells[-1] == "2" and "Seeds: 0, 1" in page
 
 
@@ -121,6 +121,42 @@ def test_a_row_of_one_seed_is_compared_with_the_conventional_run_of_that_seed():
     cells = cells_of(page, "learned mixtures, uses scaled by 1/n")
     assert cells[1:3] == ["110.000", "110.0%"]  # and not 73 % of the mean
     assert "; learned mixtures of a quarter of the layers 1.100." in page
+
+
+def test_rows_without_a_seed_in_common_are_not_compared():
+    page = gated(entry("gpt2-wiki2-mixture", test_perplexity=110.0) | {"seed": 2})
+    cells = cells_of(page, "learned mixtures, uses scaled by 1/n")
+    assert cells[1:3] == ["110.000", "-"]
+    assert "learned mixtures of a quarter" not in page
+
+
+def test_depth_is_judged_by_the_seeds_of_both_sides():
+    page = page_of(
+        entry("gpt2-wiki2-conventional", test_perplexity=200.0),
+        entry("gpt2-wiki2-conventional", test_perplexity=180.0) | {"seed": 1},
+        entry("gpt2-wiki2-shallow", test_perplexity=204.0),
+    )
+    assert "GPT-2 on WikiText-2: the full model has 2.0% lower perplexity" in page
+
+
+@pytest.mark.parametrize("row", ["conventional", "shallow", "dynamic", "mixture"])
+@pytest.mark.parametrize("diverged", [0, 1])
+def test_a_seed_that_diverged_is_not_left_out_of_a_mean(row, diverged):
+    name = f"gpt2-wiki2-{row}"
+    page = gated(
+        *(
+            entry(name, test_perplexity=None if seed == diverged else 210.0) | {"seed": seed}
+            for seed in (0, 1)
+        )
+    )
+    assert "210.000" not in page
+    if row == "mixture":
+        assert cells_of(page, "learned mixtures, uses scaled by 1/n")[1] == "-"
+
+
+def test_glue_that_diverged_is_shown_as_unknown():
+    page = page_of(entry("glue-cola-none", accuracy=None, data={"majority_share": 0.691}))
+    assert cells_of(page, "cola, accuracy")[3] == "-"
 
 
 def test_glue_stands_by_task_and_tying():

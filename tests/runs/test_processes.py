@@ -100,3 +100,57 @@ def test_an_interruption_reaches_each_child_once_and_starts_no_other(here):
         log = (here / f"logs/{exp}.log").read_text(encoding="utf-8")
         assert "go on with the same command and --resume" in log.splitlines()[-1]
     assert not (here / "runs/c").exists()
+
+
+def fail_when_one_has_ended(folder: Path) -> None:
+    """One run ends while another one waits for a signal, and the caller's answer is an error."""
+    waits = light(small(folder, exp="waits", max_steps=100_000), "waits")
+    jobs = [waits, light(short(folder, exp="first"), "first")]
+
+    def on_end(job: Job, ended: Ended) -> None:
+        while not (waits.config.folder / "started").exists():
+            time.sleep(0.05)
+        raise InputError("enough")
+
+    with pytest.raises(InputError, match="enough"):
+        train_all(jobs, processes=2, threads=1, logs=folder / "logs", on_end=on_end)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_still_runs_saves_when_the_caller_raises_an_error(here):
+    assert in_process(fail_when_one_has_ended, here) == 0
+    assert "go on with the same command" in (here / "logs/waits.log").read_text(encoding="utf-8")
+
+
+def interrupt_the_last(folder: Path) -> None:
+    """A signal while the last run is under way."""
+    job = light(small(folder, exp="last", max_steps=100_000), "last")
+    if os.fork() == 0:
+        while not (job.config.folder / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getppid(), signal.SIGINT)
+        os._exit(0)
+    try:
+        train_all([job], threads=1, logs=folder / "logs", keep_going=True)
+    except KeyboardInterrupt:
+        sys.exit(0)
+    sys.exit(2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interruption_of_the_last_run_is_not_its_end(here):
+    assert in_process(interrupt_the_last, here) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_run_that_was_killed_says_so(here, number):
+    dies = (sys.executable, "-c", f"import os; print('45 %'); os.kill(os.getpid(), {number:d})")
+    job = Job(short(here, exp="dies"), "dies", command=dies)
+    ended = train_all([job], threads=1, logs=here / "logs")["dies"]
+    assert ended == Ended(-number, f"killed by signal {number:d}")
+
+
+def test_some_process_has_to_train(here):
+    with pytest.raises(InputError, match="processes is 0"):
+        train_all([light(short(here, exp="a"), "a")], processes=0)

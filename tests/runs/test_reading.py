@@ -26,11 +26,31 @@ def test_a_setting_is_found_in_any_group_and_outside_of_groups(folder):
     assert run.settings == {"nlayers": 2, "family": "gpt2", "policy": "dqn", "seed": 3}
 
 
-def test_a_run_is_conventional_if_every_layer_is_independent_throughout(folder):
-    assert read_run(folder).is_conventional
-    with (folder / "tying.jsonl").open("a") as file:
-        file.write('{"step": 1, "state": [0, 1]}\n')
-    assert not read_run(folder).is_conventional, "it took a decision"
+@pytest.mark.parametrize(
+    ("settings", "states", "expected"),
+    [
+        ({"policy": "none"}, [[0, 1]], True),
+        ({"policy": "fixed", "owners": "0,1"}, [[0, 1]], True),
+        ({"policy": "cycle", "groups": 2, "activate_at": None}, [[0, 1]], True),
+        ({"policy": "none"}, [[0, 0]], False),
+        ({"policy": "recorded"}, [[0, 1], [0, 1]], False),
+        ({"policy": "cycle", "groups": 1, "activate_at": 0.5}, [[0, 1]], False),  # not yet
+        ({"policy": "dqn", "initial": "none"}, [[0, 1]], False),  # before its first decision
+        ({"policy": "mixture", "groups": 2}, [[0, 1]], False),  # as many sets as layers
+    ],
+)
+def test_a_run_is_conventional_if_every_layer_is_independent_throughout(
+    folder, settings, states, expected
+):
+    (folder / "config.json").write_text(json.dumps({"tying": settings}))
+    lines = [json.dumps({"step": step, "state": state}) for step, state in enumerate(states)]
+    (folder / "tying.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_run(folder).is_conventional is expected
+
+
+def test_a_run_that_has_logged_nothing_yet_is_a_run(folder):
+    (folder / "metrics.jsonl").unlink()
+    assert read_run(folder).metrics == []
 
 
 def test_an_absent_number_is_nan(folder):

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from layer_tying.cli import compress, experiments, use
-from layer_tying.cli.experiments import INTERRUPTED
 from layer_tying.cli.flags import refuse
 from layer_tying.errors import InputError
+from layer_tying.runs.interrupt import INTERRUPTED
 
 PROGRAM = "layer-tying"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from layer_tying.cli.experiments import GOING_ON, INTERRUPTED, checked
+from layer_tying.cli.experiments import GOING_ON, checked
 from layer_tying.cli.flags import flag_of, group_of, parse, positional
 from layer_tying.compression.settings import (
     NOT_HERE,
@@ -22,6 +22,7 @@ from layer_tying.compression.settings import (
     SearchSettings,
 )
 from layer_tying.runs.config import OptimizationConfig
+from layer_tying.runs.interrupt import INTERRUPTED
 
 GROUPS: dict[str, Any] = {
     "budget": BudgetSettings,

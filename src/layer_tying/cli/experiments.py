@@ -19,11 +19,11 @@ from layer_tying.paper.reproduce import as_asked
 from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
 from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
+from layer_tying.runs.interrupt import INTERRUPTED
 from layer_tying.runs.processes import Job, train_all
 from layer_tying.runs.tying_config import DECIDING, LEARNING, POLICIES, SETTLING, takes_groups
 from layer_tying.tasks.metrics import METRICS
 
-INTERRUPTED = 130
 # What cannot be chosen when a run is fine-tuned: it is the run's, or the policy's.
 NOT_WHEN_FINETUNING = (*SHAPE, "policy", "task", "source", "dataset", "groups", "owners")
 NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")

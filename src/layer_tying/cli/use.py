@@ -51,7 +51,8 @@ def report(arguments: Sequence[str], program: str, help: str) -> int:
 
     page = Path(options.output) if options.output else options.folders[0] / "report.html"
     write_report(list(options.folders), page)
-    print(comparison_table([read_run(folder) for folder in options.folders]))
+    folders = dict.fromkeys(folder.resolve() for folder in options.folders)
+    print(comparison_table([read_run(folder) for folder in folders]))
     print(f"\n{page}")
     return 0
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from layer_tying.paper.rows import SHALLOW, SUBWORDS
+from layer_tying.paper.seeds import Summary, share
 
-Rows = Mapping[str, Mapping[str, Any]]  # summaries, by the rows' names
+Rows = Mapping[str, Summary]  # those of ``over_seeds``
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ def passed(comparison: str, rows: Rows) -> str:
 
 
 def _problem_of_depth(comparison: str, rows: Rows) -> str | None:
+    if f"{comparison}-{SHALLOW}" not in rows:
+        return "no conventional model of a quarter of the layers was run"
     worth = worth_of_depth(comparison, rows)
     if worth is None:
-        return "no conventional model of a quarter of the layers was run"
+        return "no seed of all layers and of a quarter of them was trained to a finite perplexity"
     if worth < DEPTH:
         return f"{_depth(worth)}, and the gate is {DEPTH:.0%}"
     return None
@@ -88,12 +90,9 @@ def _problem_of_depth(comparison: str, rows: Rows) -> str | None:
 
 def worth_of_depth(comparison: str, rows: Rows) -> float | None:
     """By what share the perplexity of all layers is lower than that of a quarter of them."""
-    if f"{comparison}-{SHALLOW}" not in rows:
-        return None
-    shallow, deep = (
-        rows[f"{comparison}-{side}"]["test_perplexity"] for side in (SHALLOW, "conventional")
-    )
-    return 1 - deep / shallow
+    shallow, deep = (rows.get(f"{comparison}-{side}", {}) for side in (SHALLOW, "conventional"))
+    ratio = share(deep, shallow, "test_perplexity")
+    return None if ratio is None else 1 - ratio
 
 
 def _depth(worth: float) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 import matplotlib
@@ -174,7 +175,7 @@ def _curves(groups: list[RunGroup], show: Show) -> list[Markup]:
         if not shown:
             continue
         caption = f"{axis_label.capitalize()}. {explanation}"
-        if any(len(groups[index].runs) > 1 for index in shown):
+        if any(len(groups[index].shown) > 1 for index in shown):
             caption += " Bands: one standard deviation over seeds."
         figure = figures_curves.draw_curves(
             [groups[index] for index in shown], [styles[index] for index in shown], key, axis_label
@@ -202,7 +203,7 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
         final = figures_tying.draw_final_tyings(alike, colours)
         blocks.append(show(f"final_tyings_{num_layers}_layers", final, caption))
         for group in alike:
-            run = group.runs[0]
+            run = group.shown[0]
             if run.is_dynamic:
                 seed = f", seed {run.setting('seed')}" if len(group.runs) > 1 else ""
                 caption = (
@@ -220,14 +221,14 @@ def _mixtures(groups: list[RunGroup], show: Show) -> list[Markup]:
     return [
         show(
             f"mixtures_{_slug(group, groups)}",
-            figures_mixture.draw_coefficients(group.runs[0]),
-            f"{group.label}, seed {group.runs[0].setting('seed')}. The coefficients with which "
+            figures_mixture.draw_coefficients(group.shown[0]),
+            f"{group.label}, seed {group.shown[0].setting('seed')}. The coefficients with which "
             "each layer (row) mixes the shared sets of weights (column), matrix by matrix, at the "
             "first, a middle and the last validation. Blue is positive and red negative; a tying "
             "would have one coefficient of 1 in each row. A dot marks the leading set.",
         )
         for group in groups
-        if figures_mixture.validations(group.runs[0])
+        if figures_mixture.validations(group.shown[0])
     ]
 
 
@@ -241,7 +242,7 @@ def _independence(groups: list[RunGroup], show: Show) -> list[Markup]:
             "would be, 1 in i + 1 for layer i.",
         )
         for group in groups
-        if all(run.is_dynamic for run in group.runs)
+        if all(run.is_dynamic for run in group.shown)
     ]
 
 
@@ -309,12 +310,11 @@ def _configuration(groups: list[RunGroup]) -> Markup:
 
 
 def _slug(group: RunGroup, groups: list[RunGroup]) -> str:
-    """The group's label as part of a file name, numbered where two of them are the same."""
-
-    def name_of(each: RunGroup) -> str:
+    """The group's label as part of a file name, numbered where it would be that of another one."""
+    taken: list[str] = []
+    for each in groups:
         words = re.sub(r"[^a-z0-9]+", "-", each.label.lower())
-        return words[:LONGEST_NAME].strip("-") or "run"
-
-    alike = [other for other in groups if name_of(other) == name_of(group)]
-    number = f"-{alike.index(group) + 1}" if len(alike) > 1 else ""
-    return name_of(group) + number
+        name = words[:LONGEST_NAME].strip("-") or "run"
+        numbered = (f"{name}-{number}" for number in count(2))
+        taken.append(next(each for each in chain([name], numbered) if each not in taken))
+    return taken[groups.index(group)]

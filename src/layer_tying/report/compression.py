@@ -121,7 +121,11 @@ def _healing(album: Album, lines: list[Facts], summary: Facts) -> Markup:
     name = headline(summary)
     before = as_number(summary["before"]["validation"][name])
     figure = figures_compression.draw_healing(lines, before, name)
-    return album.show("healing", figure, f"Validation {name} during healing.")
+    caption = (
+        f"Validation {name} during healing, on the first batches of the split; that of the "
+        f"untouched model is on all of it."
+    )
+    return album.show("healing", figure, caption)
 
 
 def _groups(summary: Facts) -> Markup:

@@ -31,7 +31,7 @@ def draw_curves(
         tokens, mean, sd = curve(group, key)
         marker = "o" if len(tokens) == 1 else None
         axes.plot(tokens, mean, linewidth=1.7, label=group.title, marker=marker, **style)
-        if len(group.runs) > 1:
+        if len(group.shown) > 1:
             axes.fill_between(tokens, mean - sd, mean + sd, color=style["color"], alpha=0.2, lw=0)
         lows.append(mean.min())
         highs.append(mean.max())
@@ -104,7 +104,7 @@ def _value_axis(axes: Axes, key: str, low: float, high: float) -> None:
 def _component_bytes(group: RunGroup) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of each component, shape (3,): the mean over training, and at the peak."""
     means, peaks = [], []
-    for run in group.runs:
+    for run in group.shown:
         lines = np.stack([run.series(f"{part}_bytes") for part in COMPONENTS], axis=1)
         lines = lines[np.isfinite(lines).all(axis=1)]
         if len(lines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,12 @@ def draw_coefficients(run: Run) -> Figure:
     height = max(1.0, 0.115 * depth)
     figure = Figure(figsize=(WIDE, 0.7 + (height + 0.25) * len(chosen)), layout="constrained")
     panels = figure.subplots(len(chosen), len(names), squeeze=False, sharex=True, sharey=True)
-    matrices = [
-        [np.array(lines[index]["coefficients"][name]) for name in names] for index in chosen
+    matrices = [  # of a run that diverged with NaN
+        [np.array(lines[index]["coefficients"][name], dtype=float) for name in names]
+        for index in chosen
     ]
-    largest = max(np.abs(matrix).max() for row in matrices for matrix in row)
+    sizes = np.abs(np.stack(list(chain(*matrices))))
+    largest = sizes.max(initial=0.0, where=np.isfinite(sizes)) or 1.0
     for row, index in enumerate(chosen):
         for axes, matrix in zip(panels[row], matrices[row], strict=True):
             _draw(axes, matrix, largest)
@@ -55,8 +58,9 @@ def _draw(axes: Axes, matrix: np.ndarray, largest: float) -> None:
     axes.imshow(
         matrix, aspect="auto", interpolation="none", cmap=SIGNED, vmin=-largest, vmax=largest
     )
-    leaders = np.abs(matrix).argmax(axis=1)
-    axes.scatter(leaders, range(len(matrix)), s=6, facecolor="#ffffff", linewidth=0)
+    known = np.flatnonzero(np.isfinite(matrix).all(axis=1))
+    leaders = np.abs(matrix[known]).argmax(axis=1)
+    axes.scatter(leaders, known, s=6, facecolor="#ffffff", linewidth=0)
     bare(axes)
 
 

@@ -177,15 +177,15 @@ def _owner_legend(axes: Axes, owners: np.ndarray, colours: np.ndarray, room: flo
 
 def _final_rows(group: RunGroup) -> list[tuple[str, np.ndarray]]:
     """A label and the last owners of each seed, or of all where they agree."""
-    last = [run.states[-1] for run in group.runs]
+    last = [run.states[-1] for run in group.shown]
     if all(np.array_equal(last[0], owners) for owners in last):
         return [(group.label, last[0])]
-    labels = [f"{group.label}, seed {run.setting('seed')}" for run in group.runs]
+    labels = [f"{group.label}, seed {run.setting('seed')}" for run in group.shown]
     return list(zip(labels, last, strict=True))
 
 
 def _independent(group: RunGroup) -> np.ndarray:
     """Share of seeds in which a layer was independent after a decision: (L, decisions)."""
-    num_decisions = min(len(run.states) for run in group.runs) - 1
+    num_decisions = min(len(run.states) for run in group.shown) - 1
     layers = np.arange(group.runs[0].num_layers)
-    return np.mean([run.states[1 : num_decisions + 1] == layers for run in group.runs], axis=0).T
+    return np.mean([run.states[1 : num_decisions + 1] == layers for run in group.shown], axis=0).T

@@ -7,10 +7,11 @@ from typing import Any
 
 from layer_tying.paper.gates import GATES, passed, problem, worth_of_depth
 from layer_tying.paper.published import GPT2_WIKITEXT2
+from layer_tying.paper.seeds import Summary, compared, over_seeds, share
 from layer_tying.report import results_tables as tables
 from layer_tying.report.results_tables import OTHERS, RIVALS, WIKITEXT
-from layer_tying.report.seeds import Summary, compared, over_seeds
 
+PERPLEXITY, PARAMETERS = "test_perplexity", "trainable_parameters_mean"
 SHORT = {  # what stands in the page's first sentences
     "dynamic": "the agent",
     "shallow": "a quarter of the layers",
@@ -58,43 +59,44 @@ def results_page(results: dict[str, Any], findings: Iterable[str] = ()) -> str:
 
 def _answer(rows: dict[str, Summary]) -> list[str]:
     """What the rows of WikiText-2 say, in a few sentences; the bad news first."""
-    pairs = {s: pair for s, *pair in compared(rows, WIKITEXT, {side: side for side in RIVALS})}
-    if not {"conventional", "dynamic"} <= pairs.keys():
-        return []
+    sides = {side: side for side in RIVALS}
+    pairs = {side: pair for side, *pair in compared(rows, WIKITEXT, sides)}
+    worth = worth_of_depth(WIKITEXT, rows)
 
-    def ratio(side: str, key: str = "test_perplexity") -> float:
+    def of_conventional(side: str, key: str = PERPLEXITY) -> float | None:
+        if side not in pairs:
+            return None
         row, conventional = pairs[side]
-        return row[key] / conventional[key]
+        return share(row, conventional, key)
 
-    sentences = [
-        f"On WikiText-2, where the full model has "
-        f"{worth_of_depth(WIKITEXT, rows):.1%} lower perplexity than one with a quarter of its "
-        f"layers, the paper's "
-        f"agent has {ratio('dynamic'):.3f} times the perplexity of conventional training, with "
-        f"{ratio('dynamic', 'trainable_parameters_mean'):.0%} of its trainable parameters on "
-        f"average.",
-    ]
+    agent, quarter = of_conventional("dynamic"), of_conventional("shallow")
+    if worth is None or agent is None or quarter is None:
+        return []
     others = [
-        f"{what} {ratio(side):.3f}"
+        f"{what} {ratio:.3f}"
         for side, what in (
             ("random", "random changes instead of the agent's have"),
             ("final", "the pattern that the agent ended with, trained from the start,"),
             ("cycle", "the fixed pattern `cycle` of a quarter of the layers"),
             ("mixture", "learned mixtures of a quarter of the layers"),
         )
-        if side in pairs
+        if (ratio := of_conventional(side)) is not None
     ]
-    quarter = (
-        f"A conventional model of a quarter of the layers has {ratio('shallow'):.3f} times the "
-        f"conventional perplexity, with {ratio('shallow', 'trainable_parameters_mean'):.0%} of the "
+    of_a_quarter = (
+        f"A conventional model of a quarter of the layers has {quarter:.3f} times the "
+        f"conventional perplexity, with {of_conventional('shallow', PARAMETERS):.0%} of the "
         f"parameters"
     )
-    sentences.append("; ".join([quarter, *others]) + ".")
-    sentences.append(
+    sentences = [
+        f"On WikiText-2, where the full model has {worth:.1%} lower perplexity than one with a "
+        f"quarter of its layers, the paper's agent has {agent:.3f} times the perplexity of "
+        f"conventional training, with {of_conventional('dynamic', PARAMETERS):.0%} of its "
+        f"trainable parameters on average.",
+        "; ".join([of_a_quarter, *others]) + ".",
         f"Over the run, the agent's parameters, gradients and optimizer state take "
-        f"{ratio('dynamic', 'model_state_bytes_mean'):.0%} of the conventional memory on average "
-        f"and {ratio('dynamic', 'model_state_bytes_peak'):.0%} at the peak."
-    )
+        f"{of_conventional('dynamic', 'model_state_bytes_mean'):.0%} of the conventional memory on "
+        f"average and {of_conventional('dynamic', 'model_state_bytes_peak'):.0%} at the peak.",
+    ]
     return [" ".join([*sentences, *_of_other_families(rows)])]
 
 
@@ -102,10 +104,10 @@ def _of_other_families(rows: dict[str, Summary]) -> list[str]:
     """A sentence each on BERT and ViT: what the agent and its rivals have of the perplexity."""
     sentences = []
     for prefix, name in OTHERS.items():
-        ratios = {
-            what: f"{row['test_perplexity'] / deep['test_perplexity']:.3f}"
-            for what, row, deep in compared(rows, prefix, SHORT)
+        found = {
+            what: share(row, deep, PERPLEXITY) for what, row, deep in compared(rows, prefix, SHORT)
         }
+        ratios = {what: f"{ratio:.3f}" for what, ratio in found.items() if ratio is not None}
         if agent := ratios.pop(SHORT["dynamic"], None):
             others = "".join(f", {what} {ratio}" for what, ratio in ratios.items())
             sentences.append(
@@ -179,12 +181,15 @@ def _section(title: str, table: str) -> list[str]:
 
 def _beside_the_paper(rows: dict[str, Summary]) -> list[str]:
     """The ratio of the two sides in the paper, and here."""
-    theirs = [GPT2_WIKITEXT2[side]["test_perplexity"] for side in ("dynamic", "conventional")]
-    (_, agent, deep), *_ = compared(rows, WIKITEXT, {"dynamic": ""})
+    theirs = [GPT2_WIKITEXT2[side][PERPLEXITY] for side in ("dynamic", "conventional")]
+    ((_, agent, deep),) = compared(rows, WIKITEXT, {"dynamic": ""})
+    ours = share(agent, deep, PERPLEXITY)
+    if ours is None:
+        return []
     return [
         f"The paper gives perplexities of {theirs[0]} with its agent and {theirs[1]} without, for "
         f"48 layers x 1,600: {theirs[0] / theirs[1]:.3f} times the conventional one, against "
-        f"{agent['test_perplexity'] / deep['test_perplexity']:.3f} at this scale."
+        f"{ours:.3f} at this scale."
     ]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from layer_tying.data.glue import FORMATS
 from layer_tying.paper.rows import SUBWORDS, TYINGS
+from layer_tying.paper.seeds import Summary, compared, is_number, share
 from layer_tying.report.markdown import markdown_table
-from layer_tying.report.seeds import Summary, compared, is_number
 from layer_tying.tasks.metrics import METRICS
 
 Column = tuple[str, Callable[[Summary, Summary], str]]  # heading, cell(row, conventional row)
@@ -52,12 +52,16 @@ def _number(key: str, digits: int = 2) -> Callable[[Summary, Summary], str]:
 
 
 def _scaled(key: str, unit: float, suffix: str) -> Callable[[Summary, Summary], str]:
-    return lambda row, conventional: f"{row[key] / unit:,.2f} {suffix}"
+    def cell(row: Summary, conventional: Summary) -> str:
+        return f"{row[key] / unit:,.2f} {suffix}" if is_number(row.get(key)) else "-"
+
+    return cell
 
 
 def _share(key: str) -> Callable[[Summary, Summary], str]:
     def cell(row: Summary, conventional: Summary) -> str:
-        return f"{row[key] / conventional[key]:.1%}" if conventional else "-"
+        found = share(row, conventional, key)
+        return "-" if found is None else f"{found:.1%}"
 
     return cell
 
@@ -157,8 +161,8 @@ def glue_that_says_nothing(rows: dict[str, Summary]) -> list[str]:
     said = []
     for task in FORMATS:
         row = rows.get(f"glue-{task}-none", {})
-        majority = _majority_share([row])
-        if majority is not None and row["accuracy"] < majority + ABOVE_MAJORITY:
+        majority, reached = _majority_share([row]), row.get("accuracy")
+        if majority is not None and is_number(reached) and reached < majority + ABOVE_MAJORITY:
             said.append(task)
     if not said:
         return []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,10 @@ REPETITION_KEYS = (
 )  # fmt: skip
 TITLE_KEYS = ("family", "dataset", "nlayers")  # named in a label without the setting's name
 # What two runs must have in common before one is measured against the other.
-TASK_KEYS = ("family", "dataset", "tokenizer", "nlayers", "nhead", "emsize", "bptt", "batch_size")
+TASK_KEYS = (
+    "family", "dataset", "tokenizer", "objective", "task", "nlayers", "nhead", "emsize", "bptt",
+    "batch_size", "accumulate", "precision",
+)  # fmt: skip
 MOST_TOLD = 4  # settings in a label
 MAX_POINTS = 120  # of a curve: more than a small plot can show
 
@@ -40,6 +43,11 @@ class RunGroup:
         if num_seeds == num_runs:
             return f"{self.label} ({num_seeds} seeds)"
         return f"{self.label} ({num_runs} runs of {num_seeds} seed{'s' * (num_seeds > 1)})"
+
+    @property
+    def shown(self) -> list[Run]:
+        """The runs that count: those that have ended; all, if none has."""
+        return [run for run in self.runs if run.summary is not None] or self.runs
 
     @property
     def num_unfinished(self) -> int:
@@ -67,7 +75,19 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
         for group in groups.values()
     ]
     firsts = [group[0] for group in members]
-    return [RunGroup(_label(group[0], firsts), group) for group in members]
+    labels = [_label(run, firsts) for run in firsts]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        alike = [index for index, each in enumerate(labels) if each == label]
+        for index, place in zip(alike, places([firsts[i] for i in alike]), strict=True):
+            labels[index] = f"{label} · {place}"
+    return [RunGroup(label, group) for label, group in zip(labels, members, strict=True)]
+
+
+def places(runs: Sequence[Run]) -> list[str]:
+    """Where runs lie, from the folder that all of them are in."""
+    paths = [os.path.abspath(run.path) for run in runs]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, common) for path in paths]
 
 
 def numbers(run: Run) -> dict[str, float]:
@@ -85,37 +105,50 @@ def numbers(run: Run) -> dict[str, float]:
 
 
 def spread(group: RunGroup, key: str) -> Spread:
-    """Mean and spread of one of the `numbers` over seeds; unfinished ones count only if all are."""
-    runs = [run for run in group.runs if run.summary is not None] or group.runs
-    values = [numbers(run).get(key, math.nan) for run in runs]
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
+    """Mean and spread of one of the `numbers` over seeds; NaN if one of them has no such number.
+
+    Unfinished runs count only if all are.
+    """
+    values = [numbers(run).get(key, math.nan) for run in group.shown]
+    if not all(map(math.isfinite, values)):
         return Spread(math.nan, math.nan)
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if values[1:] else math.nan)
 
 
 def conventional_for(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
-    """The conventional runs of the same model on the same data, if the comparison has them."""
+    """The conventional runs of the same model on the same data, if the comparison has them.
 
-    def task(group: RunGroup) -> list[Any]:
-        return [group.runs[0].setting(key) for key in TASK_KEYS]
+    Of several, the ones whose settings differ least.
+    """
+    ours = group.runs[0]
 
-    candidates = (other for other in groups if other.runs[0].is_conventional)
-    return next((other for other in candidates if task(other) == task(group)), None)
+    def differing(other: RunGroup) -> set[str]:
+        theirs = other.runs[0]
+        keys = (ours.settings.keys() | theirs.settings.keys()) - set(REPETITION_KEYS)
+        return {key for key in keys if ours.setting(key) != theirs.setting(key)}
+
+    candidates = [
+        other
+        for other in groups
+        if other.runs[0].is_conventional and differing(other).isdisjoint(TASK_KEYS)
+    ]
+    return min(candidates, key=lambda other: len(differing(other)), default=None)
 
 
 def curve(group: RunGroup, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A metric over tokens: tokens, mean over seeds and standard deviation (NaN for one run).
 
     Covers the tokens that every seed has reached, in at most MAX_POINTS points, each a mean of
-    the values around it. Empty arrays where a run lacks the metric.
+    the values around it. Unfinished runs count only if all are, runs without the metric never.
+    Empty arrays if there are no others.
     """
     points = []
-    for run in group.runs:
+    for run in group.shown:
         tokens, values = run.series("tokens"), run.series(key)
         known = np.isfinite(tokens) & np.isfinite(values)
-        points.append((tokens[known], values[known]))
-    if any(len(tokens) == 0 for tokens, _ in points):
+        if known.any():
+            points.append((tokens[known], values[known]))
+    if not points:
         return np.empty(0), np.empty(0), np.empty(0)
     tokens, stacked = _on_common_tokens(points)
     several = len(points) > 1
@@ -139,8 +172,8 @@ def _numbers_so_far(run: Run) -> dict[str, float]:
     def peak(key: str) -> float:
         return float(known(key).max()) if len(known(key)) else math.nan
 
-    steps, seconds = run.series("step"), run.series("seconds")
-    many = len(steps) > 1 and steps[-1] > steps[0]
+    # Of intervals with a validation, seconds are those of the validation, too.
+    times = np.diff(run.series("seconds")) / np.maximum(np.diff(run.series("step")), 1)
     return {
         "steps": last("step"),
         "tokens": last("tokens"),
@@ -153,9 +186,7 @@ def _numbers_so_far(run: Run) -> dict[str, float]:
         "model_state_bytes_mean": mean("model_state_bytes"),
         "model_state_bytes_peak": peak("model_state_bytes"),
         "peak_memory_bytes": peak("peak_memory_bytes"),
-        "seconds_per_step": (
-            float((seconds[-1] - seconds[0]) / (steps[-1] - steps[0])) if many else math.nan
-        ),
+        "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
     }
 
 
@@ -191,7 +222,7 @@ def _short(value: object) -> str:
 def _on_common_tokens(
     points: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Common token counts (n,) and each run's values there (runs, n)."""
+    """Common token counts (n,) and each run's values there (runs, n), or means around them."""
     first = points[0][0]
     if len(first) <= MAX_POINTS and all(np.array_equal(first, tokens) for tokens, _ in points):
         return first, np.stack([values for _, values in points])
@@ -200,5 +231,7 @@ def _on_common_tokens(
     edges = np.linspace(start, end, min(MAX_POINTS, *(len(tokens) for tokens, _ in points)) + 1)
     counts = np.stack([np.histogram(tokens, edges)[0] for tokens, _ in points])
     sums = np.stack([np.histogram(tokens, edges, weights=values)[0] for tokens, values in points])
+    places = np.stack([np.histogram(tokens, edges, weights=tokens)[0] for tokens, _ in points])
     full = (counts > 0).all(axis=0)
-    return ((edges[:-1] + edges[1:]) / 2)[full], sums[:, full] / counts[:, full]
+    means = [total[:, full] / counts[:, full] for total in (places, sums)]
+    return means[0].mean(axis=0), means[1]

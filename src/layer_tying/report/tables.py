@@ -25,6 +25,7 @@ from layer_tying.report.runs import (
     conventional_for,
     group_runs,
     numbers,
+    places,
     spread,
 )
 from layer_tying.runs.reading import Run
@@ -67,6 +68,10 @@ OUTCOME = (
     Column("perplexity", "test", "test ppl", "test_perplexity", format_number, 10),
     Column("bits per byte", "test", "test b/B", "bits_per_byte", _three_digits, 6),
     Column("accuracy", "test", "test acc.", "accuracy", format_percent, 1),
+    Column("accuracy", "masked tokens", "masked", "masked_accuracy", format_percent, 1),
+    Column("accuracy", "last words", "last word", "last_word_accuracy", format_percent, 1),
+    Column("", "F1", "F1", "f1", _three_digits, 1),
+    Column("", "Matthews correlation", "Matthews", "matthews_correlation", _three_digits, 1),
     Column("independent layers", "mean", "indep.", "independent_layers_mean", format_number, 2),
     Column("independent layers", "end", "end", "independent_layers_end", _whole, 8),
     Column("independent layers", "of", "of", "num_layers", _whole, 11),
@@ -82,7 +87,10 @@ COST = (
     Column("time per step", "of conv.", "time", RATIO, format_times, 9),
     Column("time per step", "for decisions", "decisions", "decision_overhead", format_percent, 15),
 )
-QUALITY = ("validation_perplexity", "test_perplexity", "bits_per_byte", "accuracy")
+QUALITY = (
+    "validation_perplexity", "test_perplexity", "bits_per_byte", "accuracy", "masked_accuracy",
+    "last_word_accuracy", "f1", "matthews_correlation",
+)  # fmt: skip
 PAPER_COLUMNS = (
     ("", "perplexity", "test_perplexity", format_number),
     ("trainable parameters", "mean", "trainable_parameters_mean", format_scaled),
@@ -122,13 +130,14 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def with_the_paper(groups: Sequence[RunGroup]) -> Table | None:
-    """The published rows, then conventional and dynamic runs on text; None if there are none."""
+    """The published rows, then conventional and dynamic GPT-2s on text; None if there are none."""
     ours = [
         group
         for group in groups
         if (group.runs[0].is_conventional or group.runs[0].is_dynamic)
+        and group.runs[0].setting("family") == "gpt2"
+        and not group.runs[0].setting("task")
         and math.isfinite(spread(group, "validation_perplexity").mean)
-        and not math.isfinite(spread(group, "accuracy").mean)
     ]
     if not ours:
         return None
@@ -146,13 +155,14 @@ def with_the_paper(groups: Sequence[RunGroup]) -> Table | None:
 def run_list(groups: Sequence[RunGroup]) -> Table:
     """Where each run lies and how far it got."""
     names = ("folder", "run", "seed", "steps", "tokens", "decisions", "events", "state")
+    place_of = iter(places([run for group in groups for run in group.runs]))
     rows = []
     for group in groups:
         for run in group.runs:
             reached = numbers(run)
             events = sum(line.get("event") is not None for line in run.decisions)
             rows.append([
-                run.path.name,
+                next(place_of),
                 group.label,
                 str(run.setting("seed", "—")),
                 format_number(reached.get("steps", math.nan), digits=0),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+INTERRUPTED = 130  # the exit code of a command that was asked to stop
+
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from layer_tying.errors import InputError
 from layer_tying.runs.config import TrainConfig, read_config
 from layer_tying.runs.defaults import to_go_on_with
-from layer_tying.runs.interrupt import stop_requests
+from layer_tying.runs.interrupt import INTERRUPTED, stop_requests
 
 COMMAND = (sys.executable, "-m", "layer_tying", "train")
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -53,7 +53,7 @@ class Ended:
 
     Attributes:
         code: the exit code: 0 if the run has ended, 130 if it was interrupted; else it failed.
-        reason: the last line of its output, where it failed and the output was kept.
+        reason: the signal that killed it, or, where the output was kept, the last line of it.
     """
 
     code: int
@@ -77,7 +77,8 @@ def train_all(
         jobs: in the order in which they start, as far as ``after`` allows.
         processes: how many train at a time.
         threads: of each process; torch's default if None.
-        on_end: told of each job that ends, also of one that had ended before.
+        on_end: told of each job that ends, also of one that had ended before. What it raises is
+            raised here, once those that still run have saved and ended.
         resume: go on with runs that are there, and leave alone those that have ended.
         overwrite: replace runs that are there.
         logs: a folder for the output of each, ``NAME.log``; it is shown here if None.
@@ -88,19 +89,26 @@ def train_all(
 
     Raises:
         InputError: before any of them starts, if a run is there that may not be continued or
-            replaced, or that is another one.
+            replaced, or that is another one, or if no process may train.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, which each child is told of once, after they have
             saved and ended.
     """
+    if processes < 1:
+        raise InputError(f"processes is {processes}: at least one has to train at a time")
     for job in jobs:
         _check_folder(job, resume, overwrite)
     with tempfile.TemporaryDirectory() as folder, stop_requests() as stop_requested:
         children = _Children(Path(folder), threads, resume, overwrite, logs, on_end)
         try:
             _schedule(list(jobs), children, processes, keep_going, stop_requested)
+        except Exception:  # of `on_end`
+            children.interrupt()
+            children.wait()
+            raise
         finally:
             children.kill()
-    if stop_requested() and len(children.ended) < len(jobs):
+    have_all_ended_well = [ended.code for ended in children.ended.values()] == [0] * len(jobs)
+    if stop_requested() and not have_all_ended_well:
         raise KeyboardInterrupt
     return children.ended
 
@@ -198,7 +206,9 @@ class _Children:
             code = process.poll()
             if code is not None:
                 del self.running[name]
-                self.end(job, Ended(code, self._last_line(job) if code else ""))
+                if self.interrupted and code == -signal.SIGINT:  # before it could listen
+                    code = INTERRUPTED
+                self.end(job, Ended(code, self._reason(job, code)))
 
     def end(self, job: Job, ended: Ended) -> None:
         """Note how a job ended."""
@@ -216,14 +226,25 @@ class _Children:
                 process.send_signal(signal.SIGINT)
         self.interrupted = True
 
+    def wait(self) -> None:
+        """Wait for those that still run."""
+        for _, process in self.running.values():
+            process.wait()
+
     def kill(self) -> None:
         """End what still runs, as after a second Ctrl-C."""
         for _, process in self.running.values():
             process.kill()
+        self.wait()
 
     def _log_of(self, job: Job) -> Path:
         assert self.logs is not None
         return self.logs / f"{job.name}.log"
+
+    def _reason(self, job: Job, code: int) -> str:
+        if code < 0:
+            return f"killed by signal {-code}"
+        return self._last_line(job) if code else ""
 
     def _last_line(self, job: Job) -> str:
         if not self.logs:

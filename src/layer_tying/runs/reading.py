@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 
 from layer_tying.errors import InputError
 from layer_tying.runs.config import RETIRED
+from layer_tying.runs.tying_config import DECIDING
 
-REQUIRED_FILES = ("config.json", "metrics.jsonl", "tying.jsonl")
+REQUIRED_FILES = ("config.json", "tying.jsonl")  # the first line of metrics comes after some steps
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Run:
         """The policy's name; "none" is conventional training."""
         return str(self.setting("policy", "?"))
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration by flat names, whatever group a setting belongs to."""
         return flat_settings(self.config)
@@ -47,7 +49,7 @@ class Run:
         """One setting by its flat name, such as ``"nlayers"``; the default where it is absent."""
         return self.settings.get(name, default)
 
-    @property
+    @cached_property
     def states(self) -> np.ndarray:
         """Owners, shape (1 + decisions, L): the initial tying, then one row for each decision."""
         return np.array([decision["state"] for decision in self.decisions], dtype=int)
@@ -64,8 +66,10 @@ class Run:
 
     @property
     def is_conventional(self) -> bool:
-        """Whether every layer was independent from the start to the end."""
-        return not self.is_dynamic and self.decisions[0]["state"] == list(range(self.num_layers))
+        """Whether every layer is independent from the start to the end."""
+        may_tie = self.policy in DECIDING or self.setting("activate_at") is not None
+        is_tied = self.decisions[0]["state"] != list(range(self.num_layers))
+        return not (may_tie or is_tied or self.is_dynamic)
 
     def series(self, key: str) -> np.ndarray:
         """One metric over the logged steps, NaN where a line lacks it."""
@@ -84,11 +88,11 @@ def read_run(path: Path) -> Run:
     missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
     if missing:
         raise InputError(f"{path}: not a run folder, it lacks {', '.join(missing)}")
-    summary = path / "summary.json"
+    metrics, summary = path / "metrics.jsonl", path / "summary.json"
     run = Run(
         path=path,
         config=_read_object(path / "config.json"),
-        metrics=_read_lines(path / "metrics.jsonl"),
+        metrics=_read_lines(metrics) if metrics.is_file() else [],
         decisions=_read_lines(path / "tying.jsonl"),
         summary=_read_object(summary) if summary.is_file() else None,
     )
