@@ -26,7 +26,6 @@ from layer_tying.core.tying import Tying
 from layer_tying.models.build import build_model, transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
-from layer_tying.paper.results import processor
 from layer_tying.runs.memory import peak_bytes, return_freed_memory
 from layer_tying.runs.summary import environment
 from layer_tying.tasks.cross_entropy import language_model_loss
@@ -200,14 +199,11 @@ def write_results(path: Path, rows: list[Case]) -> None:
 
 
 def full_environment() -> dict[str, Any]:
-    """The versions and the hardware of a measurement, the processor by its name."""
+    """The versions, those of what it is compared with among them, and the hardware."""
     found = environment(DEVICE)
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-    return {
-        "versions": found["versions"] | versions,
-        "hardware": found["hardware"] | {"processor": processor()},
-    }
+    return {**found, "versions": found["versions"] | versions}
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

@@ -11,8 +11,6 @@ from typing import Any
 from common import RESULTS
 from quality_settings import SETTINGS, Setting
 
-from layer_tying.paper.results import processor
-
 Run = tuple[str, str, float, int]
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # method -> its runs at its best learning rate
@@ -33,7 +31,7 @@ def row_of(run: Run, folder: Path) -> Row:
     row: Row = dict(zip(NAMES, run, strict=True))
     row |= {name: summary[name] for name in FIGURES if name in summary}
     row |= {name: summary[name] for name in summary if name.startswith("test_accuracy_k")}
-    row["hardware"] = summary["hardware"] | {"processor": processor()}
+    row["hardware"] = summary["hardware"]
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     scored = [line for line in map(json.loads, lines) if "validation_perplexity" in line]
     row["curve"] = [[x["step"], x["seconds"], x["validation_perplexity"]] for x in scored]

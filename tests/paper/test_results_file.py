@@ -14,6 +14,7 @@ from layer_tying.paper.results import (
 )
 from layer_tying.paper.rows import recipes
 
+HARDWARE = {"device": "cuda", "processor": "another one"}
 ROW = "gpt2-wiki2-conventional"
 
 
@@ -30,7 +31,7 @@ def finish(folder: Path, **changes) -> None:
         "max_steps": 10_000,
         "settled": [],
     } | changes
-    summary = {"seed": 0, "versions": {"torch": "2"}, "hardware": {"device": "cpu"}, "steps": 4}
+    summary = {"seed": 0, "versions": {"torch": "2"}, "hardware": HARDWARE, "steps": 4}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text('{"step": 4}\n')
@@ -45,7 +46,7 @@ def test_a_finished_row_is_written_with_what_it_takes_to_repeat_it(rows):
     assert entry["config"] == {"nlayers": 2, "max_steps": 10_000}, (
         "flat, and no place of this machine"
     )
-    assert entry["hardware"].keys() == {"device", "processor"}
+    assert entry["hardware"] == HARDWARE, "of the machine that trained"
 
 
 def test_another_seeds_row_is_repeated_with_that_seed(tmp_path):

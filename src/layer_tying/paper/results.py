@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def entry(name: str, row: TrainConfig, scale: str, seed: int) -> dict[str, Any]:
         "command": command,
         "seed": seed,
         "versions": summary.pop("versions"),
-        "hardware": summary.pop("hardware") | {"processor": processor()},
+        "hardware": summary.pop("hardware"),
         "config": settings,
         "summary": summary,
     }
@@ -95,13 +94,3 @@ def without_place(reason: str, data_dir: str | None) -> str:
     """Why a row failed, without this machine's data folder."""
     folder = data_dir or os.environ.get(ENVIRONMENT)
     return reason.replace(folder, f"${ENVIRONMENT}") if folder else reason
-
-
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

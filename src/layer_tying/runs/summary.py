@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -69,7 +70,7 @@ def environment(device: torch.device) -> dict[str, dict[str, Any]]:
     }
     hardware = {
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "processor": platform.machine(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
     }
     return {"versions": versions, "hardware": hardware}
@@ -91,3 +92,13 @@ def _conventional_parameters(trainer: Trainer) -> int:
     mixtures = sum(p.numel() for p in layers.mixtures or ())
     in_memory = sum(p.numel() for p in trainer.model.parameters()) - mixtures
     return in_memory + shared * (layers.tying.num_layers - layers.tying.num_independent)
+
+
+def _processor() -> str:
+    """The name of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
