@@ -25,7 +25,6 @@ from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
 from layer_tying.paper.reproduce import as_asked, jobs_of, train_rows
 from layer_tying.paper.results import (
-    is_done,
     reasons_so_far,
     results_of,
     with_earlier,
@@ -63,7 +62,7 @@ def main() -> int:
                 n: as_asked(r, options.data_dir, options.max_steps) for n, r in of_seed.items()
             }
             jobs = jobs_of(asked, options.rows or list(asked))
-            done = sum(is_done(job.config) for job in jobs)
+            done = sum(job.is_done for job in jobs)
             print(f"seed {seed}: {len(jobs)} rows, {done} of them done", flush=True)
             train_rows(jobs, options.processes, Path(folder_of(options, seed)), on_end)
         write(rows, reasons, options)

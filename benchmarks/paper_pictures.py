@@ -12,7 +12,7 @@ from layer_tying.report.figures_tying import draw_tying, owner_colours
 from layer_tying.report.runs import RunGroup
 from layer_tying.report.style import ACCENT, CONVENTIONAL, INK, OTHERS, STYLE
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.reading import read_run
+from layer_tying.runs.reading import has_ended, read_run
 
 # The rows whose curves are drawn: their labels, and how.
 CURVES = {
@@ -39,7 +39,7 @@ def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -
     groups, styles = [], []
     for side, (label, style) in CURVES.items():
         runs = [of_seed[f"gpt2-wiki2-{side}"].folder for of_seed in rows.values()]
-        finished = [read_run(run) for run in runs if (run / "summary.json").exists()]
+        finished = [read_run(run) for run in runs if has_ended(run)]
         if finished:
             groups.append(RunGroup(label, finished))
             styles.append(style)
@@ -48,7 +48,7 @@ def draw_pictures(rows: Mapping[int, Mapping[str, TrainConfig]], folder: Path) -
             label = "validation perplexity per byte"
             pictures["curves"] = draw_curves(groups, styles, "validation_perplexity", label)
         agents = [rows[seed][AGENT].folder for seed in sorted(rows)]
-        agent = next((folder for folder in agents if (folder / "summary.json").exists()), None)
+        agent = next((folder for folder in agents if has_ended(folder)), None)
         if agent:
             run = read_run(agent)
             figure = pictures["tying"] = draw_tying(run, owner_colours([run]))

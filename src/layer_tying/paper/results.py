@@ -11,15 +11,10 @@ from typing import Any
 from layer_tying.data.sources import ENVIRONMENT
 from layer_tying.files import write_text_whole
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.reading import read_run
+from layer_tying.runs.reading import has_ended, read_run
 
 # Settings of one machine, and what was settled from them.
 LEFT_OUT = ("data_dir", "output_dir", "source", "settled", "tyings")
-
-
-def is_done(row: TrainConfig) -> bool:
-    """Whether the row's run has finished."""
-    return (row.folder / "summary.json").exists()
 
 
 def results_of(
@@ -36,7 +31,7 @@ def results_of(
         entry(name, row, scale, seed)
         for seed, of_seed in rows.items()
         for name, row in of_seed.items()
-        if is_done(row)
+        if has_ended(row.folder)
     ]
     names = {each["row"] for each in done}
     not_run = {name: reason for name, reason in reasons.items() if name not in names}

@@ -19,6 +19,7 @@ from typing import Any
 
 from layer_tying.data.glue import TASKS
 from layer_tying.runs.config import SHAPE, TrainConfig
+from layer_tying.runs.reading import has_ended
 
 SCALES = ("small", "paper")
 TYINGS = {"keep": "fixed", "dynamic": "dqn", "none": "none"}  # of fine-tuning -> policy
@@ -76,7 +77,7 @@ def recipes(scale: str, output_dir: str | None = None, seed: int = 0) -> dict[st
 def runs_first(config: TrainConfig) -> str | None:
     """The recipe whose run a row starts from, if that run has not ended yet."""
     source = config.tying.source
-    if source is None or (Path(source) / "summary.json").exists():
+    if source is None or has_ended(Path(source)):
         return None
     return Path(source).name
 

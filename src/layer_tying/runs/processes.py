@@ -20,6 +20,7 @@ from layer_tying.errors import InputError
 from layer_tying.runs.config import TrainConfig, read_config
 from layer_tying.runs.defaults import to_go_on_with
 from layer_tying.runs.interrupt import INTERRUPTED, stop_requests
+from layer_tying.runs.reading import has_ended
 
 COMMAND = (sys.executable, "-m", "layer_tying", "train")
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -44,7 +45,7 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether its run has ended."""
-        return (self.config.folder / "summary.json").exists()
+        return has_ended(self.config.folder)
 
 
 @dataclass(frozen=True)

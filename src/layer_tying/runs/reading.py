@@ -76,6 +76,11 @@ class Run:
         return np.array([as_number(line.get(key)) for line in self.metrics], dtype=float)
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether there is a run in a folder, and it has ended."""
+    return (folder / "summary.json").is_file()
+
+
 def read_run(path: Path) -> Run:
     """Read a run folder; a torn last line is skipped.
 
