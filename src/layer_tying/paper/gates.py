@@ -82,7 +82,7 @@ def _problem_of_depth(comparison: str, rows: Rows) -> str | None:
         return "no conventional model of a quarter of the layers was run"
     worth = worth_of_depth(comparison, rows)
     if worth is None:
-        return "no seed of all layers and of a quarter of them was trained to a finite perplexity"
+        return "the models of all layers and of a quarter of them share no seed, or one diverged"
     if worth < DEPTH:
         return f"{_depth(worth)}, and the gate is {DEPTH:.0%}"
     return None

@@ -315,6 +315,6 @@ def _slug(group: RunGroup, groups: list[RunGroup]) -> str:
     for each in groups:
         words = re.sub(r"[^a-z0-9]+", "-", each.label.lower())
         name = words[:LONGEST_NAME].strip("-") or "run"
-        numbered = (f"{name}-{number}" for number in count(2))
-        taken.append(next(each for each in chain([name], numbered) if each not in taken))
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        taken.append(next(free for free in names if free not in taken))
     return taken[groups.index(group)]

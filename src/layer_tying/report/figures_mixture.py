@@ -36,7 +36,7 @@ def draw_coefficients(run: Run) -> Figure:
         [np.array(lines[index]["coefficients"][name], dtype=float) for name in names]
         for index in chosen
     ]
-    sizes = np.abs(np.stack(list(chain(*matrices))))
+    sizes = np.abs(np.concatenate([matrix.ravel() for matrix in chain(*matrices)]))
     largest = sizes.max(initial=0.0, where=np.isfinite(sizes)) or 1.0
     for row, index in enumerate(chosen):
         for axes, matrix in zip(panels[row], matrices[row], strict=True):
