@@ -162,8 +162,9 @@ SPEED = (
 )
 
 EXPORTS = (
-    "Compact exports of two runs of the [results](results.md), by the type of the stored weights, "
-    "and the test perplexity of what is loaded from them, computed in float32. With `int8`, "
+    "Compact exports of two runs of the [results](results.md) and of a model that was "
+    "[compressed](compress.md) to mixtures of four layers, by the type of the stored weights, and "
+    "the test perplexity of what is loaded from them, computed in float32. With `int8`, "
     "matrices are stored as 8-bit integers and a scale for each row. They are loaded in float32 on "
     "every device, so that a GPU computes with the same weights as a CPU; no arithmetic is done in "
     "8 bits."
