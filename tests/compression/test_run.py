@@ -1,6 +1,7 @@
 """The command, on real files: what it writes, going on after a kill, and what it refuses."""
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from layer_tying.compression.source import _as_numbered_by, fingerprint, kind_of
 from layer_tying.core.find import find_layers
 from layer_tying.data.images import load_images
 from layer_tying.report.compression import write_compression_report
+from layer_tying.runs import precision
 from layer_tying.runs.config import OptimizationConfig, read_config
 from layer_tying.runs.train import Interrupted, train
 from layer_tying.saving.export import export_expanded
@@ -365,6 +367,19 @@ def test_the_budget_of_bytes_holds_for_the_file(here, tmp_path):
     )
     assert summary["bytes_after"] <= limit
     assert find_layers(load(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_weights_in_half_precision_go_with_a_processor_that_computes_in_bf16(
+    here, tmp_path, monkeypatch, dtype
+):
+    monkeypatch.setattr(precision, "_cpu_computes_in_bf16", lambda: True)
+    small, budget = tmp_path / "small", BudgetSettings(layers=2)
+    auto = OptimizationConfig(max_steps=2, precision="auto")
+    options = {"budget": budget, "optimization": auto, "export_dtype": dtype}
+    assert math.isfinite(compress_run(config(here, small, **options))["after"]["test"]["loss"])
+    again = compress_run(config(here, tmp_path / "again", source=str(small), **options))
+    assert math.isfinite(again["after"]["test"]["loss"])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bf16", 40_000), ("int8", 26_000)])

@@ -18,7 +18,7 @@ from tiny_models import Plain, gpt2, gpt_neo, llama, loss_of, random_tying, t5, 
 from tolerance import assert_close
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError, InvariantError
 
@@ -313,6 +313,40 @@ def test_a_copy_that_runs_out_of_memory_leaves_nothing_in_the_optimizer(monkeypa
     train_step(model, optimizer)
     layers.apply(Tying.independent(6))
     layers.verify()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        (["attn*"], r"names transformer\.h\.0\.attn and .*\.attn\.\w+, which is a part of it"),
+        (["mlp.c_proj", "mlp"], r"names .*h\.0\.mlp and .*h\.0\.mlp\.c_proj, which is a part"),
+    ],
+)
+def test_what_would_be_scaled_twice_is_refused(outputs, says):
+    with pytest.raises(InputError, match=says):
+        tie(gpt2(), "cycle", 2, residual_scaling=1.0, residual_outputs=outputs)
+
+
+def test_a_module_that_nobody_calls_is_no_residual_output():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 4)
+    outputs = ["self_attn.out_proj", "linear2"]
+    with pytest.raises(InputError, match="never calls: name 'self_attn' instead"):
+        tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=outputs)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_what_wraps_a_tied_model_or_is_in_one_does_not_take_over(mixes):
+    outputs = ["attn.c_proj", "mlp.c_proj"]
+    model = gpt2()
+    layers = tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=outputs)
+    if mixes:
+        layers.mix()
+    before = loss_of(model)
+    for other in (nn.Sequential(model), model.transformer):
+        with pytest.raises(InputError, match="is mixed or scaled by a tying of"):
+            TiedLayers(other)
+    assert loss_of(model) == before
+    TiedLayers(model).verify()
 
 
 def test_a_pattern_of_residual_outputs_that_is_the_name_of_nothing_is_refused():

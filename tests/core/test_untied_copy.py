@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import Plain, gpt2, llama, loss_of, t5
+from torch import nn
 
 from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
@@ -69,10 +70,35 @@ def test_stacks_that_were_named_are_found_again():
 
 
 def test_what_no_weights_can_show_is_refused():
-    model = Plain()
-    tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=["attention"])
+    model = gpt2()
+    tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=["attn", "mlp"])
     with pytest.raises(InputError, match="cannot be put into its weights"):
         untied_copy(model)
+
+
+def test_the_scale_of_torchs_attention_goes_into_its_output_projection():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4).double()
+    tie(model, "cycle", 2, residual_scaling=1.0, residual_outputs=["self_attn", "linear2"])
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(untied_copy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("way", ["tied", "mixed"])
+def test_the_scale_of_a_lora_layer_goes_into_both_of_its_terms(way):
+    torch.manual_seed(0)
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(gpt2(), lora).double()
+    layers = tie(model, "cycle", 2, untied=["*lora_*"], **SCALED)
+    if way == "mixed":
+        mixed(layers)
+    copied = untied_copy(model)
+    torch.testing.assert_close(loss_of(copied), loss_of(model))
+    torch.testing.assert_close(loss_of(copied.merge_and_unload()), loss_of(model))
 
 
 @pytest.mark.parametrize(

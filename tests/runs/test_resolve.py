@@ -60,6 +60,7 @@ def test_a_device_that_does_not_compute_in_bf16_is_not_asked_to(monkeypatch):
             torch.cpu, "get_capabilities", lambda has=has_it: {"avx512_bf16": has}, raising=False
         )
         assert usual_precision(torch.device("cpu")) == expected
+        assert usual_precision(torch.device("cpu"), torch.float16) == "fp32"
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_it, **_: has)
         assert usual_precision(torch.device("cuda")) == expected
 

@@ -83,7 +83,8 @@ def compress(
     search, healing, optimization = _groups(settings, steps)
     budget = BudgetSettings(layers, parameters, bytes)
     options = Options(layers=stack, untied=untied, by_kind=by_kind)
-    optimization = settled(optimization, usual_precision(next(model.parameters()).device))
+    weight = next(model.parameters())
+    optimization = settled(optimization, usual_precision(weight.device, weight.dtype))
     endless = _endless(batches, steps)
     teacher = _untied(model, options)
     with in_eval_mode(teacher):

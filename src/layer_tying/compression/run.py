@@ -87,7 +87,9 @@ class Work:
 
     def scores(self, model: Any, split: str, most: int | None = None) -> dict[str, float]:
         """What a model reaches on a split."""
-        with autocast(self.config.optimization.precision, model.device):
+        is_half = model.dtype == torch.float16  # which does not go with bfloat16
+        precision = "fp32" if is_half else self.config.optimization.precision
+        with autocast(precision, model.device):
             return self.task.scores(model, split, most)
 
 
@@ -111,10 +113,10 @@ def compress_run(
     folder = RunFolder(Path(config.output) / RUN)
     if resume:
         config = to_go_on_with(folder.path, config)
-    else:
-        config = config.settled(usual_precision(device))
     _check_output(Path(config.output), is_known=resume or overwrite)
-    work = _work(config, folder, source.open_model(Path(config.source)).to(device))
+    teacher = source.open_model(Path(config.source)).to(device)
+    config = config.settled(usual_precision(device, teacher.dtype))
+    work = _work(config, folder, teacher)
     try:
         folder.hold()
         if not resume:

@@ -50,6 +50,16 @@ def parts_of(model: nn.Module) -> list[TyingSettings]:
     return [*newest.others, replace(newest, others=())]
 
 
+def check_remembered(model: nn.Module) -> None:
+    """Refuse a model that knows nothing of a tying by which its modules are mixed or scaled."""
+    if not is_remembered(model) and (changed := mixed_or_scaled(model)):
+        tied = [name for name, module in model.named_modules() if is_remembered(module)]
+        raise InputError(
+            f"{next(iter(changed))} is mixed or scaled by a tying of "
+            f"{tied[0] if tied else 'a module around this one'}: use the module that was tied"
+        )
+
+
 def settings_of_part(
     model: nn.Module, options: Mapping[str, Any]
 ) -> tuple[TyingSettings, LayerStack]:

@@ -26,7 +26,8 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
             ``["attn.c_proj", "mlp.c_proj"]`` for GPT-2.
 
     Raises:
-        InputError: if a layer has no module of such a name.
+        InputError: if a layer has no module of such a name, if one of them is a part of another, or
+            if it is never called.
     """
     found = []
     for layer, block in zip(stack.names, stack.blocks, strict=True):
@@ -38,8 +39,25 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
                 f"residual_outputs names the modules that write to the residual stream, out of "
                 f"{', '.join(name for name, _ in named)}"
             )
+        _check_called(layer, block, mine)
         found.append(mine)
     return found
+
+
+def _check_called(layer: str, block: nn.Module, outputs: Sequence[nn.Module]) -> None:
+    """Refuse modules that would be scaled twice, or never, as nobody calls them."""
+    for name, module in block.named_modules(prefix=layer):
+        inner = {id(each) for each in module.modules() if each is not module}
+        if module in outputs and (twice := [each for each in outputs if id(each) in inner]):
+            within = next(n for n, each in block.named_modules(prefix=layer) if each is twice[0])
+            raise InputError(
+                f"residual_outputs names {name} and {within}, which is a part of it: name one"
+            )
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj in outputs:
+            raise InputError(
+                f"residual_outputs names {name}.out_proj, which {type(module).__name__} never "
+                f"calls: name {name.removeprefix(f'{layer}.')!r} instead"
+            )
 
 
 def check_named(stack: LayerStack, outputs: Sequence[str]) -> None:

@@ -84,7 +84,8 @@ class TiedLayers:
         mixtures: the coefficients, where layers mix the shared weights.
 
     Raises:
-        InputError: if the layers cannot be found, do not match, or share parameters only in part.
+        InputError: if the layers cannot be found, do not match, share parameters only in part, or
+            are mixed or scaled by a tying of another module, such as one that this one wraps.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TiedLayers:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         **options: Unpack[Options],
     ) -> None:
+        parts.check_remembered(model)
         self.settings, self.stack = parts.settings_of_part(model, options)
         settings = self.settings
         check_named(self.stack, options.get("residual_outputs", ()))

@@ -48,6 +48,8 @@ LINEAR = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
 LINEAR_BY_NAME = ("Conv1D",)  # of transformers, which is not imported here
+# PEFT's layers return base_layer(x) + sum over adapters of lora_B(lora_A(x)); not so with DoRA.
+LORA, DORA = {"base_layer", "lora_A", "lora_B"}, "lora_magnitude_vector"
 Ways = tuple[tuple[str, str], ...]  # attribute -> way of reading, for those not read as they are
 
 
@@ -196,14 +198,27 @@ def _factors(layer: str, block: nn.Module) -> dict[str, Any]:
         factor = module.__dict__.get(FACTOR)
         if factor is None:
             continue
-        is_linear = isinstance(module, LINEAR) or class_name(module) in LINEAR_BY_NAME
-        if not is_linear or any(True for _ in module.children()):
-            raise InputError(
-                f"the scale of {path} cannot be put into its weights, as a {class_name(module)} "
-                f"is not known to be one linear map: name linear maps in residual_outputs"
-            )
-        factors |= {f"{path}.{name}": factor for name in module._parameters}
+        for name, linear in _last_maps(path, module):
+            factors |= {f"{name}.{attribute}": factor for attribute in linear._parameters}
     return factors
+
+
+def _last_maps(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linear maps, by name, that multiply a module's output by what their weights are."""
+    parts = dict(module.named_children())
+    if isinstance(module, nn.MultiheadAttention):
+        return [(f"{path}.out_proj", module.out_proj)]
+    if parts.keys() >= LORA and not any(True for _ in parts.get(DORA, nn.Module()).children()):
+        adapters = parts["lora_B"].named_children()
+        added = [(f"{path}.lora_B.{name}", adapter) for name, adapter in adapters]
+        return [*_last_maps(f"{path}.base_layer", parts["base_layer"]), *added]
+    is_linear = isinstance(module, LINEAR) or class_name(module) in LINEAR_BY_NAME
+    if parts or not is_linear:
+        raise InputError(
+            f"the scale of {path} cannot be put into its weights, as a {class_name(module)} "
+            f"is not known to be one linear map: name linear maps in residual_outputs"
+        )
+    return [(path, module)]
 
 
 def _detached(module: nn.Module, attribute: str) -> Tensor:

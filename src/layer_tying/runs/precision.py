@@ -8,11 +8,14 @@ from transformers import PreTrainedModel
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of CPUs, as torch calls them
 
 
-def usual_precision(device: torch.device) -> str:
+def usual_precision(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """What ``--precision auto`` stands for: ``bf16`` where the device computes in it.
 
-    A CPU without instructions for bfloat16 emulates it, slower than single precision.
+    A CPU without instructions for bfloat16 emulates it, slower than single precision. Weights in
+    float16 do not go with it: some operations take no mixture of the two.
     """
+    if dtype == torch.float16:
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
