@@ -152,6 +152,11 @@ def test_half_precision_is_healed_in_single(dtype, start):
     assert kl[0] < 2 * kl[1] + 1e-3
 
 
+def test_healing_that_diverges_is_one_line():
+    with pytest.raises(InputError, match="smaller lr than 10000"):
+        compress(gpt2(), BATCHES, layers=2, **FEW | {"steps": 30, "lr": 1e4})
+
+
 def test_a_model_that_was_frozen_is_healed():
     model = gpt2().requires_grad_(False)
     small = compress(model, BATCHES, layers=2, sharing="tied", **FEW)

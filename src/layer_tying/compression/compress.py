@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
@@ -78,7 +79,7 @@ def compress(
 
     Raises:
         InputError: if the layers cannot be found, no tying keeps within the budget, the batches
-            end early, or the model's outputs are not finite.
+            end early, or the model's outputs are not finite, before or after healing.
     """
     search, healing, optimization = _groups(settings, steps)
     budget = BudgetSettings(layers, parameters, bytes)
@@ -97,8 +98,14 @@ def compress(
             teacher, student, reading, optimization, healing, outcome_of=outcome_of, **options
         )
         run.start_from(probes)
+        apart = 0.0
         while run.step < run.num_steps:
-            run.train_step(next(endless))
+            apart = run.train_step(next(endless)).divergence
+    if not math.isfinite(float(apart)):
+        raise InputError(
+            f"the divergence is {float(apart)} after {run.num_steps} steps of healing: take a "
+            f"smaller lr than {optimization.lr}"
+        )
     return run.finished()
 
 
