@@ -46,7 +46,8 @@ def max_independent(
         mixes: whether the layers will read mixtures, whose coefficients count as well.
 
     Raises:
-        InputError: if a limit is below what the model has with one layer of each kind.
+        InputError: if a limit is below what the model has with one layer of each kind, or, of its
+            size and where layers mix, with two.
     """
     num_kinds = len(set(stack.kinds))
     found = [len(stack.kinds)]
@@ -58,19 +59,25 @@ def max_independent(
         (num_parameters, "parameters", _numbers_of_parameters(stack, mixes)),
         (num_bytes, "bytes", _numbers_of_bytes(stack, dtype, mixes)),
     )
+    least = min(max(num_kinds, 2 if mixes else 1), len(stack.kinds))
     for limit, unit, size_with in sizes:
         if limit is not None:
-            if size_with[num_kinds] > limit:
-                raise _too_small(limit, unit, size_with[num_kinds], num_kinds)
+            if size_with[least] > limit:
+                raise _too_small(limit, unit, size_with[least], num_kinds, mixes)
             found.append(max(n for n, size in size_with.items() if size <= limit))
     return min(found)
 
 
-def _too_small(limit: int, unit: str, least: int, num_kinds: int) -> InputError:
-    layers = "one independent layer" if num_kinds == 1 else f"{num_kinds} kinds of layer"
+def _too_small(
+    limit: int, unit: str, needed: int, num_kinds: int, mixes: bool = False
+) -> InputError:
+    if num_kinds > 1:
+        layers = f"{num_kinds} kinds of layer"
+    else:
+        layers = "two layers to mix (tied ones need one)" if mixes else "one independent layer"
     return InputError(
         f"a budget of {limit:,} {unit} is too small: with {layers}, the least that is possible, "
-        f"this model needs {least:,}"
+        f"this model needs {needed:,}"
     )
 
 
