@@ -25,7 +25,7 @@ def made(name: str, is_sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer,
     if is_sharded:
         shard_tied_layers(TiedLayers(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
-    outputs = ["attention.out_proj", "feed_forward.1"]
+    outputs = ["attention", "feed_forward.1"]
     options: dict[str, Any] = {"residual_outputs": outputs} if name == "plain" else {}
     return model, optimizer, DynamicTying(model, optimizer, "mixture", **options)
 
