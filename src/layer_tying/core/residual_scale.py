@@ -47,12 +47,12 @@ def residual_modules(stack: LayerStack, outputs: Sequence[str]) -> list[list[nn.
 def _check_called(layer: str, block: nn.Module, outputs: Sequence[nn.Module]) -> None:
     """Refuse modules that would be scaled twice, or never, as nobody calls them."""
     for name, module in block.named_modules(prefix=layer):
-        inner = {id(each) for each in module.modules() if each is not module}
-        if module in outputs and (twice := [each for each in outputs if id(each) in inner]):
-            within = next(n for n, each in block.named_modules(prefix=layer) if each is twice[0])
-            raise InputError(
-                f"residual_outputs names {name} and {within}, which is a part of it: name one"
-            )
+        within = module.named_modules(prefix=name) if module in outputs else ()
+        for inner, each in within:
+            if each is not module and each in outputs:
+                raise InputError(
+                    f"residual_outputs names {name} and {inner}, which is a part of it: name one"
+                )
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in outputs:
             raise InputError(
                 f"residual_outputs names {name}.out_proj, which {type(module).__name__} never "
