@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layer_tying.core import distributed
 from layer_tying.data.batches import IGNORED, REWARD_SEED, Stream
 from layer_tying.data.config import DataConfig
 from layer_tying.data.khop import KhopBatches, held_out, hops_in, hops_of, vocabulary_size
@@ -20,21 +18,8 @@ from layer_tying.models.build import transformers_config
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import TextInput
 from layer_tying.tasks import metrics
-from layer_tying.tasks.evaluation import (
-    cross_entropy,
-    evaluating,
-    mean_loss,
-    most_likely,
-    of_my_share,
-    slices,
-)
-from layer_tying.tasks.language import (
-    Pair,
-    accuracy_of_tokens,
-    is_masked,
-    logits_of_tokens,
-    loss_of_tokens,
-)
+from layer_tying.tasks.evaluation import slices
+from layer_tying.tasks.language import Pair, accuracy_of_tokens, guesses, is_masked, loss_of_tokens
 
 METRICS = ("loss", "perplexity", "accuracy")
 
@@ -87,25 +72,15 @@ class KhopTask:
     ) -> dict[str, float]:
         """Loss, perplexity and accuracy; accuracy for each number of hops from 1."""
         inputs, labels = self._held_out[split]
-
-        def outcome(rows: slice) -> tuple[tuple[Tensor, int], np.ndarray]:
-            logits = logits_of_tokens(model, torch.from_numpy(inputs[rows]))
-            loss = cross_entropy(logits, torch.from_numpy(labels[rows]).to(logits.device))
-            return (loss, int((labels[rows] != IGNORED).sum())), most_likely(logits)
-
-        with evaluating(model):
-            batches = slices(len(inputs), self._eval_batch_size, max_batches)
-            mine = of_my_share(batches, outcome)
-        loss = mean_loss(each for each, _ in mine)
-        predicted = np.concatenate(distributed.gather_dealt([found for _, found in mine]))
-        inputs, labels = inputs[: len(predicted)], labels[: len(predicted)]
-        has_label = labels != IGNORED
-        scores = metrics.scores(
-            METRICS, metrics.Outcome(loss, predicted[has_label], labels[has_label])
-        )
+        batches = slices(len(inputs), self._eval_batch_size, max_batches)
+        outcome = guesses(model, [(inputs[rows], labels[rows]) for rows in batches])
+        scores = metrics.scores(METRICS, outcome)
+        hops = np.broadcast_to(hops_in(inputs)[:, None], labels.shape)[labels != IGNORED]
+        hops = hops[: len(outcome.labels)]
         for number in range(1, self.max_hops + 1):
-            chosen = has_label & (hops_in(inputs) == number)[:, None]
-            scores[f"accuracy_k{number}"] = metrics.accuracy(predicted[chosen], labels[chosen])
+            chosen = hops == number
+            accuracy = metrics.accuracy(outcome.predicted[chosen], outcome.labels[chosen])
+            scores[f"accuracy_k{number}"] = accuracy
         return scores
 
     def save(self, folder: Path) -> None:

@@ -138,7 +138,8 @@ class LanguageTask:
         inputs, labels = self._windows[split]
         batches = slices(len(inputs), self._eval_batch_size, max_batches)
         if self.masked:
-            return _masked_scores(model, [(inputs[rows], labels[rows]) for rows in batches])
+            pairs = [(inputs[rows], labels[rows]) for rows in batches]
+            return metrics.scores(MASKED_METRICS, guesses(model, pairs))
 
         def loss_and_count(rows: slice) -> tuple[Tensor, int]:
             loss = self.loss(model, (inputs[rows], labels[rows]))
@@ -170,8 +171,8 @@ class LanguageTask:
         self.tokenizer.save(folder / FOLDER)
 
 
-def _masked_scores(model: PreTrainedModel, batches: Sequence[Pair]) -> dict[str, float]:
-    """Loss, perplexity and accuracy of the masked tokens, all from one run of the model."""
+def guesses(model: PreTrainedModel, batches: Sequence[Pair]) -> metrics.Outcome:
+    """Loss and most likely tokens where there are labels, all from one run of the model."""
 
     def guess(batch: Pair) -> tuple[tuple[Tensor, int], np.ndarray]:
         inputs, labels = (torch.from_numpy(array).to(model.device) for array in batch)
@@ -183,8 +184,8 @@ def _masked_scores(model: PreTrainedModel, batches: Sequence[Pair]) -> dict[str,
         mine = of_my_share(batches, guess)
     loss = mean_loss(each for each, _ in mine)
     predicted = np.concatenate(distributed.gather_dealt([found for _, found in mine]))
-    masked = np.concatenate([labels[labels != IGNORED] for _, labels in batches])
-    return metrics.scores(MASKED_METRICS, metrics.Outcome(loss, predicted, masked))
+    labels = np.concatenate([labels[labels != IGNORED] for _, labels in batches])
+    return metrics.Outcome(loss, predicted, labels)
 
 
 def logits_of_tokens(model: PreTrainedModel, inputs: Tensor) -> Tensor:
