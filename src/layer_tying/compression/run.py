@@ -87,9 +87,7 @@ class Work:
 
     def scores(self, model: Any, split: str, most: int | None = None) -> dict[str, float]:
         """What a model reaches on a split."""
-        is_half = model.dtype == torch.float16  # which does not go with bfloat16
-        precision = "fp32" if is_half else self.config.optimization.precision
-        with autocast(precision, model.device):
+        with autocast(self.config.optimization.precision, model.device, model.dtype):
             return self.task.scores(model, split, most)
 
 

@@ -30,9 +30,15 @@ def _cpu_computes_in_bf16() -> bool:
     return any(found.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which the model runs: bfloat16 where the precision says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(
+    precision: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.autocast:
+    """The context in which the model runs: bfloat16 where the precision says so.
+
+    Not with weights in float16 (see ``usual_precision``).
+    """
+    is_on = precision == "bf16" and dtype != torch.float16
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_on)
 
 
 SHORT_SEQUENCE = 256
