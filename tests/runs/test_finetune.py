@@ -12,6 +12,7 @@ from small_runs import crashed_at, lines_of, small, traces_of, write_text
 from tolerance import assert_close
 
 from layer_tying.cli import main
+from layer_tying.core.find import MIXTURE
 from layer_tying.core.tying import Tying
 from layer_tying.data.glue import Example, encode
 from layer_tying.data.tokenizer import load_tokenizer, read_tokenizer
@@ -292,9 +293,7 @@ def test_the_backbone_computes_what_the_source_did_whatever_it_reads(folder, nam
         train(source)
     config = finetuning(folder, "gpt2", tying, source=str(source.folder), exp=f"{name}-{tying}")
     if (name, tying) == ("mixed", "keep"):
-        with pytest.raises(InputError, match="fine-tune it with --tying none"):
-            resolve(config, torch.device("cpu"))
-        return
+        config = config.replace(policy="mixture")
     config, task = resolve(config, torch.device("cpu"))
     trainer = Trainer(config, task, make_accelerator(), RunFolder(config.folder, active=False))
     trainer.load_pretrained(source.folder)
@@ -303,6 +302,64 @@ def test_the_backbone_computes_what_the_source_did_whatever_it_reads(folder, nam
         ours = trainer.model.eval().base_model(input_ids=ids).last_hidden_state
         theirs = load(source.folder).base_model(input_ids=ids).last_hidden_state
     assert_close(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def mixed(folder):
+    """A pretrained run of mixtures whose uses are not scaled."""
+    settings = {"policy": "mixture", "groups": 2, "residual_scaling": 0.0, "lr": 1e-2}
+    config = small(folder, exp="mixtures", nlayers=4, bptt=24, max_steps=8, **settings)
+    train(config)
+    return config.folder
+
+
+def test_layers_that_mix_go_on_mixing(folder, mixed, tmp_path):
+    """The command finds out what to keep; the model stays as small, and is exported compactly."""
+    arguments = ["finetune", "--task", "sst2", "--from", str(mixed), "--data-dir", str(folder)]
+    arguments += ["--max-steps", "40", "--batch-size", "16", "--lr", "0.005", "--exp", "mixing"]
+    assert main([*arguments, "--output-dir", str(tmp_path), "--precision", "fp32"]) == 0
+    config = read_config(tmp_path / "mixing")
+    assert (config.tying.policy, config.tying.residual_scaling) == ("mixture", 0.0)
+    summary = json.loads((tmp_path / "mixing/summary.json").read_text())
+    assert summary["owners_end"] == [0, 1, 0, 1]
+    assert summary["accuracy"] > 0.8
+    export = [str(tmp_path / "mixing"), "--format", "compact", "--output", str(tmp_path / "export")]
+    assert main(["export", *export]) == 0
+    before = best_checkpoint(mixed).weights()
+    after = load(tmp_path / "export").state_dict()
+    coefficients = {name for name in before if name.endswith(MIXTURE)}
+    assert coefficients
+    assert coefficients <= after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in coefficients)
+
+
+@pytest.mark.parametrize("step", [3, 17])
+def test_a_crashed_fine_tuning_of_mixtures_goes_on_exactly(folder, mixed, tmp_path, step):
+    source = tmp_path / "mixtures"
+    shutil.copytree(mixed, source)
+    changes = {"policy": "mixture", "dropout": 0.1, "source": str(source)}
+    changes |= {"output_dir": str(tmp_path)}
+    alone = finetuning(folder, "gpt2", "keep", exp="alone", **changes)
+    crashed = finetuning(folder, "gpt2", "keep", exp="crashed", **changes)
+    train(alone)
+    crashed_at(crashed, step)
+    shutil.rmtree(source)
+    train(crashed, resume=True)
+    assert traces_of(crashed.folder) == traces_of(alone.folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "policy", "said"),
+    [
+        ("mixtures", "dqn", "--tying keep"),
+        ("mixtures", "fixed", "--tying keep"),
+        ("gpt2", "mixture", "do not mix"),
+    ],
+)
+def test_what_no_tying_can_go_on_from_is_refused(folder, mixed, source, policy, said):
+    config = finetuning(folder, "gpt2", "keep", policy=policy, source=str(folder / "runs" / source))
+    with pytest.raises(InputError, match=said):
+        resolve(config, torch.device("cpu"))
 
 
 def test_a_run_is_evaluated_with_the_tokenizer_that_it_saved(folder, tmp_path):

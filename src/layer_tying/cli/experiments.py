@@ -204,7 +204,10 @@ def _left_out(policy: str, initial: str) -> dict[str, Any]:
 def finetune(arguments: Sequence[str], program: str, help: str) -> int:
     """The shape of the model is that of the run; all else can be chosen."""
 
-    tying = "keep the run's tying, go on from it with the paper's agent, or untie all layers"
+    tying = (
+        "keep the run's tying (or its mixtures), go on from it with the paper's agent, or untie "
+        "all layers"
+    )
     required = [
         ("task", Annotated[Literal[tuple(TASKS)], tyro.conf.arg(help="what for")]),  # type: ignore[valid-type]
         ("source", Annotated[str, tyro.conf.arg(name="from", help="the run", metavar="RUN")]),
@@ -218,10 +221,12 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
     options = checked(parse(kind, arguments, program, help))
     run = Path(options.source)
     pretrained = read_config(run).flat()
+    goes_on_mixing = options.choice == "keep" and pretrained["policy"] == "mixture"
+    policy = "mixture" if goes_on_mixing else TYINGS[options.choice]
     config = TrainConfig.from_flat(
         **settings_given(options)
         | {name: pretrained[name] for name in SHAPE}
-        | {"task": options.task, "source": options.source, "policy": TYINGS[options.choice]}
+        | {"task": options.task, "source": options.source, "policy": policy}
         | {"exp": options.exp or f"{run.name}-{options.task}-{options.choice}"}
         | {"data_dir": options.data.data_dir or pretrained["data_dir"]}
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from layer_tying.core.gather import put
 from layer_tying.core.tying import Tying
+from layer_tying.core.tying_settings import settings_of
 from layer_tying.core.untied_copy import untied_copy
 from layer_tying.errors import InputError
 from layer_tying.runs.config import SHAPE, TrainConfig, read_config
@@ -33,14 +34,7 @@ def settings_from(config: TrainConfig) -> dict[str, Any]:
     source = Path(config.tying.source)
     if config.data.task:
         _check_same(config, source, SHAPE)
-        best = best_checkpoint(source)
-        if best.settings.mixes and config.tying.policy != "none":
-            raise InputError(
-                f"the layers of {source} mix their weights, which no tying can go on from: "
-                f"fine-tune it with --tying none, which gives each layer its own"
-            )
-        untied = ",".join(best.settings.untied) or None
-        return {"tyings": (owners_text(best.tying),), "untied": untied}
+        return _fine_tuning_settings(config.tying.policy, source)
     if config.tying.policy == "recorded":
         _check_same(config, source, ("nlayers", "every"))
         tyings = recorded_tyings(source, config.tying.permute)
@@ -48,6 +42,27 @@ def settings_from(config: TrainConfig) -> dict[str, Any]:
         _check_same(config, source, ("nlayers",))
         tyings = [final_tying(source)]
     return {"tyings": tuple(owners_text(tying) for tying in tyings)}
+
+
+def _fine_tuning_settings(policy: str, source: Path) -> dict[str, Any]:
+    """What fine-tuning takes from a run; a mixture goes on as it is, the others with its tying."""
+    best = best_checkpoint(source)
+    settings: dict[str, Any] = {
+        "tyings": (owners_text(best.tying),),
+        "untied": ",".join(best.settings.untied) or None,
+    }
+    if policy == "mixture":
+        if not best.settings.mixes:
+            raise InputError(
+                f"the layers of {source} do not mix their weights: fine-tune it with another policy"
+            )
+        return settings | {"residual_scaling": best.settings.residual_scaling}
+    if best.settings.mixes and policy != "none":
+        raise InputError(
+            f"the layers of {source} mix their weights, which no tying can go on from: fine-tune "
+            f"it with --tying keep (policy mixture), or none, which gives each layer its own"
+        )
+    return settings
 
 
 def owners_text(tying: Tying) -> str:
@@ -93,13 +108,17 @@ def best_checkpoint(source: Path) -> Checkpoint:
 def load_backbone(source: Path, model: PreTrainedModel) -> None:
     """Copy a language model's best weights into a classifier of its shape, whatever its tying.
 
-    Every layer gets what it computed with there: mixtures and 1/n residual scaling are in it. The
+    Every layer gets what it computed with there: mixtures and 1/n residual scaling are in it. Where
+    the classifier's layers mix as well, they get the shared sets and the coefficients. The
     classifier's head stays as it is.
 
     Raises:
         InputError: if a weight is missing, or of another shape.
     """
-    saved = untied_copy(load(source)).state_dict()
+    if settings_of(model).mixes:
+        saved = best_checkpoint(source).weights()
+    else:
+        saved = untied_copy(load(source)).state_dict()
     heads = (f"{model.base_model_prefix}.pooler.",)  # BERT's masked model has none
     for name, tensor in unique_tensors(model).items():
         if not name.startswith(f"{model.base_model_prefix}.") or name.startswith(heads):
