@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from layer_tying.core.mixtures import FACTOR_KEY
 from layer_tying.core.parts import stack_of
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
 from layer_tying.runs.config import OptimizationConfig
 from layer_tying.runs.optimization import adamw, learning_rate
 
@@ -97,6 +99,7 @@ class Healing:
         self.settings = settings
         self.num_steps: int = optimization.max_steps
         self.step = 0
+        self._divergence = torch.zeros(())  # of the newest step
         self.optimizer = adamw(student, optimization)
         self.layers = TiedLayers(student, self.optimizer, **options)
         self._blocks = [teacher.get_submodule(name) for name in self.layers.stack.names]
@@ -122,10 +125,24 @@ class Healing:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self._divergence = progress.divergence
         return progress
 
+    def check(self) -> None:
+        """Raise an InputError if the newest divergence is infinite or not a number."""
+        if not math.isfinite(apart := float(self._divergence)):
+            raise InputError(
+                f"the divergence is {apart} after {self.step} steps of healing: take a smaller lr "
+                f"than {self.optimization.lr:g}"
+            )
+
     def finished(self) -> nn.Module:
-        """The student in eval mode, its weights in the types that it came with."""
+        """The student in eval mode, its weights in the types that it came with.
+
+        Raises:
+            InputError: if its training diverged.
+        """
+        self.check()
         for name, tensor in _tensors(self.student):
             tensor.data = tensor.data.to(self._types[name.removesuffix(MIXTURE)])
         return self.student.eval()

@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from layer_tying.compression import source
+from layer_tying.compression import checkpoints, source
 from layer_tying.compression.healing import Healing, Progress
-from layer_tying.compression.outcome import OutcomeOf
-from layer_tying.compression.sensitivity import (
-    Probe,
-    choose,
-    number_of_groups,
-    reading_from,
-)
+from layer_tying.compression.sensitivity import Probe, choose, reading_from
 from layer_tying.compression.settings import CHOICE, RUN, CompressConfig, to_go_on_with
+from layer_tying.compression.work import Work, work_of
 from layer_tying.core import distributed
 from layer_tying.core.find import find_layers
-from layer_tying.data.tokenizer import Tokenizer
 from layer_tying.errors import InputError
 from layer_tying.events import at
 from layer_tying.files import write_text_whole
@@ -40,11 +31,11 @@ from layer_tying.runs.config import CONFIG
 from layer_tying.runs.devices import make_accelerator
 from layer_tying.runs.folder import RunFolder, finite
 from layer_tying.runs.interrupt import stop_requests
-from layer_tying.runs.precision import autocast, usual_precision
-from layer_tying.runs.statistics import Stopwatch, progress_bar
+from layer_tying.runs.precision import usual_precision
+from layer_tying.runs.statistics import progress_bar
 from layer_tying.runs.summary import environment
 from layer_tying.runs.train import Interrupted
-from layer_tying.saving import checkpoint, training_state
+from layer_tying.saving import checkpoint
 from layer_tying.saving.export import (
     COMPACT,
     DTYPES,
@@ -52,43 +43,11 @@ from layer_tying.saving.export import (
     export_compact,
     refuse_other_contents,
 )
-from layer_tying.saving.export_run import tokenizer_of
 from layer_tying.saving.load import load
-from layer_tying.tasks.base import Task, is_same_data
+from layer_tying.tasks.base import is_same_data
 
-KEPT_CHECKPOINTS = 2
 PARTS = 10  # of a run, each of which ends with a validation and a checkpoint
 VALIDATION_BATCHES = 50  # of a validation on the way; those at the start and the end are whole
-
-
-@dataclass(frozen=True)
-class Work:
-    """A compression: what it is made of, and where it is written.
-
-    Attributes:
-        config: what was asked for, every default settled.
-        folder: OUTPUT/run.
-        teacher: the untouched model, on the device.
-        task: its data.
-        outcome_of: what a model makes of a batch of them.
-        num_groups: as many groups of layers as are within the budget.
-        tokenizer: of the text, if it is text.
-        clock: where the time goes.
-    """
-
-    config: CompressConfig
-    folder: RunFolder
-    teacher: PreTrainedModel
-    task: Task
-    outcome_of: OutcomeOf
-    num_groups: int
-    tokenizer: Tokenizer | None
-    clock: Stopwatch
-
-    def scores(self, model: Any, split: str, most: int | None = None) -> dict[str, float]:
-        """What a model reaches on a split."""
-        with autocast(self.config.optimization.precision, model.device, model.dtype):
-            return self.task.scores(model, split, most)
 
 
 def compress_run(
@@ -114,7 +73,7 @@ def compress_run(
     _check_output(Path(config.output), is_known=resume or overwrite)
     teacher = source.open_model(Path(config.source)).to(device)
     config = config.settled(usual_precision(device, teacher.dtype))
-    work = _work(config, folder, teacher)
+    work = work_of(config, folder, teacher)
     try:
         folder.hold()
         if not resume:
@@ -123,9 +82,9 @@ def compress_run(
         chosen = _chosen(work)
         healing = _healing(work, chosen)
         if resume and checkpoint.has_steps(folder.checkpoints):
-            _restore(work, healing)
+            checkpoints.restore(work, healing)
         else:
-            healing.start_from(_probes(work))
+            healing.start_from(work.probes())
         _heal(work, healing)
         return _finish(work, healing, chosen)
     finally:
@@ -149,17 +108,6 @@ def _check_output(output: Path, is_known: bool) -> None:
         )
 
 
-def _work(config: CompressConfig, folder: RunFolder, teacher: PreTrainedModel) -> Work:
-    """Read the data, and check that there is a tying within the budget."""
-    kind = source.kind_of(teacher)
-    tokenizer = tokenizer_of(config.source) if kind.reads_text else None
-    dtype = DTYPES[config.export_dtype] if config.export_dtype else None
-    num_groups = number_of_groups(config.budget, config.healing, find_layers(teacher), dtype)
-    task = kind.task(config, teacher, tokenizer)
-    clock = Stopwatch(teacher.device)
-    return Work(config, folder, teacher, task, kind.outcome_of, num_groups, tokenizer, clock)
-
-
 def _chosen(work: Work) -> dict[str, Any]:
     """The groups and what was measured for them: of ``choice.json``, or measured now."""
     file = work.folder.path / CHOICE
@@ -174,7 +122,7 @@ def _chosen(work: Work) -> dict[str, Any]:
     before = {split: work.scores(work.teacher, split) for split in ("validation", "test")}
     work.clock.lap("validate")
     stack = find_layers(work.teacher)
-    probe = Probe(stack, _probes(work), work.outcome_of)
+    probe = Probe(stack, work.probes(), work.outcome_of)
     choice = choose(probe, work.num_groups, work.config.search.groups)
     work.clock.lap("decide")
     with reading_from(stack, choice.reading):
@@ -190,14 +138,6 @@ def _chosen(work: Work) -> dict[str, Any]:
     }
     write_text_whole(file, json.dumps(chosen))
     return chosen
-
-
-def _probes(work: Work) -> list[Any]:
-    """The first batches, which training will start with as well."""
-    position = work.task.batches.state()
-    batches = [next(work.task.batches) for _ in range(work.config.search.probes)]
-    work.task.batches.restore(position)
-    return batches
 
 
 def _healing(work: Work, chosen: Mapping[str, Any]) -> Healing:
@@ -227,9 +167,9 @@ def _heal(work: Work, healing: Healing) -> None:
             if is_last or healing.step % part == 0:
                 scores = _log(work, healing, progress)
                 bar.set_postfix_str(_shown(progress, scores), refresh=False)
-                _save(work, healing)
+                checkpoints.save(work, healing)
             elif must_stop:
-                _save(work, healing)
+                checkpoints.save(work, healing)
             if must_stop and not is_last:
                 raise Interrupted(
                     f"stopped at step {healing.step} of {healing.num_steps}; "
@@ -242,11 +182,7 @@ def _log(work: Work, healing: Healing, progress: Progress) -> dict[str, float]:
     work.clock.lap("heal")
     scores = work.scores(healing.student, "validation", VALIDATION_BATCHES)
     work.clock.lap("validate")
-    if not math.isfinite(float(progress.divergence)):
-        raise InputError(
-            f"the divergence is {float(progress.divergence)} at step {healing.step}: take a "
-            f"smaller --lr than {healing.optimization.lr}; checkpoints before it are whole"
-        )
+    healing.check()
     work.folder.metrics(
         step=healing.step,
         seconds=round(work.clock.total, 3),
@@ -267,48 +203,6 @@ def _shown(progress: Progress, scores: Mapping[str, float]) -> str:
 def _known(loss: Tensor | None) -> float:
     assert loss is not None, "the tasks of the command have labels"
     return float(loss)
-
-
-def _save(work: Work, healing: Healing) -> None:
-    """Write a checkpoint of everything that going on exactly needs."""
-    at("save")
-    work.clock.lap("heal")
-    folder, model = work.folder.checkpoints, healing.student
-    checkpoint.save_checkpoint(
-        checkpoint.step_folder(folder, healing.step),
-        model,
-        healing.layers.tying,
-        step=healing.step,
-        config=json.loads(work.config.to_json()),
-        training={
-            "optimizer": training_state.optimizer_state_by_name(model, healing.optimizer),
-            "batches": work.task.batches.state(),
-            "rng": training_state.rng_state(),
-            "seconds": work.clock.seconds,
-        },
-    )
-    checkpoint.keep_newest(folder, KEPT_CHECKPOINTS)
-    work.clock.lap("save")
-
-
-def _restore(work: Work, healing: Healing) -> None:
-    """Go on from the newest whole checkpoint, exactly."""
-    saved, problems = checkpoint.newest_checkpoint(work.folder.checkpoints)
-    for problem in problems:
-        print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
-    state = saved.training_state()
-    healing.layers.apply(saved.tying)
-    if saved.settings.mixes:
-        healing.layers.mix()
-    checkpoint.load_tensors(healing.student, saved.weights(), saved.folder)
-    training_state.load_optimizer_state_by_name(
-        healing.student, healing.optimizer, state["optimizer"]
-    )
-    healing.step = saved.step
-    work.task.batches.restore(state["batches"])
-    work.clock.seconds = dict(state["seconds"])
-    training_state.set_rng_state(state["rng"])
-    work.folder.rewind(saved.step)
 
 
 def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str, Any]:
