@@ -194,6 +194,7 @@ SETTINGS: dict[str, Setting] = {
         "steps of 8 x 64 tokens",
         {**LLAMA, "family": "gpt2", "tokenizer": "bpe:1024", "bptt": 64, "batch_size": 8}
         | {"max_steps": 10_000},
+        rates=(2e-3, 4e-3, 8e-3),
         cut=_library,
     ),
 }

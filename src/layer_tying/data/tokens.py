@@ -25,7 +25,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """One tokenised split: `tokens` int32 [N]; its size in UTF-8 bytes and, where known, words."""
+    """One tokenised split: `tokens` [N]; its size in UTF-8 bytes and, where known, words.
+
+    Tokens are uint16 where the vocabulary allows, or else uint32: a text may have billions.
+    """
 
     tokens: np.ndarray
     num_bytes: int
@@ -57,9 +60,9 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, cache_dir: str | Path | None = 
     file = Path(cache_dir or cache_folder()) / f"tokens-{key}.npz"
     tokens = _read_cache(file, tokenizer)
     if tokens is None:
-        tokens = {name: tokenizer.encode(text) for name, text in splits.items()}
-        small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        train, validation, test = (tokens[name].astype(small) for name in SPLITS)
+        small = _type_of_tokens(tokenizer)
+        tokens = {name: tokenizer.encode(text).astype(small) for name, text in splits.items()}
+        train, validation, test = (tokens[name] for name in SPLITS)
         # A full disk or a read-only home is no reason to stop: the next run tokenises again.
         with contextlib.suppress(OSError):
             write_whole(
@@ -79,12 +82,17 @@ def count_words(text: str) -> int:
 
 def _read_cache(file: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray] | None:
     try:
-        arrays = read_arrays(file, *SPLITS)
+        tokens = read_arrays(file, *SPLITS)
     except InputError:  # not there, or damaged
         return None
-    tokens = {name: ids.astype(np.int32) for name, ids in arrays.items()}
     sound = all(
-        ids.ndim == 1 and (not len(ids) or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size)
+        ids.ndim == 1
+        and ids.dtype == _type_of_tokens(tokenizer)
+        and (not len(ids) or ids.max() < tokenizer.vocab_size)
         for ids in tokens.values()
     )
     return tokens if sound else None
+
+
+def _type_of_tokens(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
