@@ -51,6 +51,7 @@ def test_gradients_in_float64():
     coefficients = torch.randn(3, dtype=torch.float64, requires_grad=True)
     sets = [torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(mix, (coefficients, *sets))
+    assert torch.autograd.gradgradcheck(mix, (coefficients, *sets))  # gradient penalties need it
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def mix(coefficients: Tensor, *sets: Tensor) -> Tensor:
@@ -31,10 +30,7 @@ class _Mix(torch.autograd.Function):
         return mixed(coefficients, sets)
 
     @staticmethod
-    @once_differentiable
-    def backward(  # type: ignore[override]  # the decorator makes its argument nameless
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coefficients, *sets = ctx.saved_tensors
         to_coefficients, to_sets = gradients_of_mix(
             grad_outputs[0], coefficients, sets, ctx.needs_input_grad[1:]
