@@ -1,7 +1,8 @@
 """Size and quality of compact exports, by the type of the stored weights.
 
     python benchmarks/exports.py runs/small/gpt2-subwords-*
-    layer-tying compress runs/compress/bert --layers 4 --steps 500 --lr 2e-3 --output bert-4-layers
+    layer-tying compress runs/compress/bert --layers 4 --steps 500 --lr 2e-3 --data wiki2 \\
+        --output bert-4-layers
     python benchmarks/exports.py bert-4-layers --data-of runs/compress/bert
 
 Results go to benchmarks/results/exports.json, and docs/performance.md is written anew.

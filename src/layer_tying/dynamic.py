@@ -49,9 +49,10 @@ class DynamicTying:
             before its end (``settles`` between 0 and 1).
         every: k, the number of optimizer steps from one decision to the next.
         initial: the tying to start from; by default the policy chooses, and shared weights are
-            scaled as it wants them. The weights of all other layers are dropped. A ``Tying`` or a
-            pattern's name goes on from the weights there are: ``"none"`` for a pretrained model
-            that is to be tied, ``"keep"`` for the tying that the model already has.
+            scaled as it wants them. The weights of all other layers are dropped. With a
+            ``Tying``, or the name of a pattern that needs no number, training continues from the
+            present weights: ``"none"`` for a pretrained model that is to be tied, ``"keep"`` for
+            the tying that the model already has.
         max_independent: a hard limit on the number of independent layers.
         seed: of a policy that is named.
         options: those of ``TiedLayers``.

@@ -42,7 +42,7 @@ COMMANDS = {
     "recipe": Command("train a row of the paper", experiments.recipe),
     "evaluate": Command("score a run's best weights", use.evaluate),
     "export": Command("write a run's best weights for others to load", use.export),
-    "generate": Command("go on from a prompt", use.generate),
+    "generate": Command("continue a prompt", use.generate),
     "compress": Command("make a trained model smaller", compress.compress),
     "report": Command("make one page of figures and tables of runs", use.report),
 }

@@ -30,7 +30,7 @@ NOT_WHEN_FINETUNING += ("permute", "activate_at", "initial", "sharing", "exp")
 
 
 GOING_ON = [
-    ("resume", *option(bool, False, "go on where it stopped")),
+    ("resume", *option(bool, False, "continue from the newest checkpoint")),
     ("overwrite", *option(bool, False, "replace what is there")),
 ]
 
@@ -205,11 +205,11 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
     """The shape of the model is that of the run; all else can be chosen."""
 
     tying = (
-        "keep the run's tying (or its mixtures), go on from it with the paper's agent, or untie "
+        "keep the run's tying (or its mixtures), continue from it with the agent, or untie "
         "all layers"
     )
     required = [
-        ("task", Annotated[Literal[tuple(TASKS)], tyro.conf.arg(help="what for")]),  # type: ignore[valid-type]
+        ("task", Annotated[Literal[tuple(TASKS)], tyro.conf.arg(help="the task of GLUE")]),  # type: ignore[valid-type]
         ("source", Annotated[str, tyro.conf.arg(name="from", help="the run", metavar="RUN")]),
     ]
     own = [

@@ -61,7 +61,7 @@ def export(arguments: Sequence[str], program: str, help: str) -> int:
     """Write a run's best weights."""
     formats = "expanded: a plain transformers folder; compact: each distinct weight once"
     dtype = "type of the stored weights (default: what the run was trained for)"
-    output = tyro.conf.arg(metavar="DIR", help="where to")
+    output = tyro.conf.arg(metavar="DIR", help="the folder to write to")
     kind = make_dataclass(
         "Options",
         [
@@ -93,7 +93,7 @@ def generate(arguments: Sequence[str], program: str, help: str) -> int:
         "Options",
         [
             ("folder", *positional("RUN", "a run folder, or an export")),
-            ("prompt", Annotated[str, tyro.conf.arg(help="the text to go on from")]),
+            ("prompt", Annotated[str, tyro.conf.arg(help="the text to continue")]),
             ("max_new_tokens", *option(int, None, longest)),
             ("temperature", *option(float, 1.0, "0: the most likely token")),
             ("top_k", *option(int, None, "sample among so many tokens only")),

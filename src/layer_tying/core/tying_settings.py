@@ -31,7 +31,7 @@ class TyingSettings:
         layers: the dotted name of the list of layers (or several names, say an encoder's and a
             decoder's); found automatically where there is only one candidate.
         untied: name patterns (as in ``fnmatch``, within a layer) of parameters that each layer
-            keeps for itself, such as ``["*norm*"]``.
+            keeps for itself, such as ``["*ln_*"]``, the norms of GPT-2.
         by_kind: where blocks differ, tie within the classes of equal blocks instead of refusing.
         gradient: ``"sum"``: a shared weight's gradient is the sum over all the layers that use it
             (true tying). ``"owner"``: only the owner's own position contributes; this saves the

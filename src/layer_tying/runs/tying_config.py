@@ -50,14 +50,14 @@ class TyingConfig:
     source: str | None = None
     """the run whose last pattern is fixed, or whose decisions are recorded"""
     permute: int | None = None
-    """seed of a permutation of the layers, to which what was recorded is applied"""
+    """seed of a permutation of the layers; the recorded tyings are applied to the permuted ones"""
     activate_at: float | None = None
     """share of the run that a static pattern waits, all layers being independent"""
     sharing: Literal["tied", "frozen"] = "tied"
     """what becomes of a layer that is not independent; frozen: it keeps its own weights"""
     untied: str | None = None
     """what each layer keeps for itself: patterns of names of parameters within a layer, separated
-    by commas, such as *norm*"""
+    by commas, such as *ln_* (the norms of GPT-2)"""
     gradient: Literal["sum", "owner"] = "sum"
     """whose gradient a shared weight gets"""
     optimizer_state: Literal["copy", "fresh"] = "copy"
