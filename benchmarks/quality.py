@@ -3,8 +3,7 @@
 In a setting (see `quality_settings.py`) all methods train on the same data in the same order for
 the same steps; only what is shared differs. Conventional training of all layers, of as few as the
 shared ones have parameters, and the learned mixture have three learning rates each, chosen on
-validation with the first seed; the other methods have the mixture's. Test figures are only
-reported.
+validation; the other methods have the mixture's. Test figures are only reported.
 
 Runs are resumed where they stopped, and a run whose row is in the results is left alone. After
 every run the results are written, so that what was done counts when it is stopped; docs/quality.md

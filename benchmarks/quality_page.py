@@ -119,7 +119,7 @@ def _rates(rows: Sequence[Row]) -> str:
         return "All methods of a setting were trained at one learning rate: none was tuned."
     return (
         f"Several learning rates were tried for {', '.join(tuned)}, and the best was chosen by the "
-        f"validation perplexity of the first seed; the others had one."
+        f"validation perplexity, over the seeds that rates have in common; the others had one."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,13 +40,21 @@ def row_of(run: Run, folder: Path) -> Row:
 
 
 def best_rate(rows: Sequence[Row], setting: str, method: str) -> float | None:
-    """The learning rate with the lowest validation perplexity of the first seed."""
-    mine = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
-    if not mine:
+    """The learning rate with the lowest validation perplexity.
+
+    That is a mean over the seeds of the rate that is best with the first one, for all rates that
+    have these seeds: one seed may like a rate with which others diverge.
+    """
+    found: dict[float, dict[int, float]] = {}
+    for r in rows:
+        if (r["setting"], r["method"]) == (setting, method):
+            found.setdefault(r["lr"], {})[r["seed"]] = r["validation_perplexity"]
+    if not found:
         return None
-    first = min(r["seed"] for r in mine)
-    tried = [r for r in mine if r["seed"] == first]
-    return min(tried, key=lambda r: r["validation_perplexity"])["lr"]
+    first = min(seed for seeds in found.values() for seed in seeds)
+    start = min(found, key=lambda lr: found[lr].get(first, math.inf))
+    alike = [lr for lr in found if found[lr].keys() >= found[start].keys()]
+    return min(alike, key=lambda lr: sum(found[lr][seed] for seed in found[start]))
 
 
 def at_best_rate(rows: Sequence[Row], setting: str) -> Groups:

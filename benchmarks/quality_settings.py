@@ -172,7 +172,7 @@ SETTINGS: dict[str, Setting] = {
         "64 tokens",
         {**LLAMA, "family": "gpt2", "nhead": 4, "emsize": 96, "tokenizer": "bytes", "bptt": 64}
         | {"batch_size": 8, "max_steps": 6000, "eval_every": 500, "save_every": 3000},
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=(2e-3, 4e-3, 8e-3),
         cut=_part_of("wiki2", 300_000, 100_000),
     ),
     "khop": Setting(
