@@ -255,6 +255,30 @@ def test_what_cannot_work_is_refused_in_one_line():
             assert re.search(pattern, message) and "\n" not in message
 
 
+def differentiated_twice() -> list[str]:
+    """What is said when the gradients of sharded weights, tied and mixed, are differentiated."""
+    said = []
+    for mixes in (False, True):
+        layers = TiedLayers(Plain())
+        layers.apply(Tying((0, 1) * (layers.tying.num_layers // 2)))
+        shard_tied_layers(layers)
+        if mixes:
+            layers.mix()
+        model = layers.stack.model
+        loss = model(torch.ones(2, 3, 8)).pow(2).sum()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, parameters, create_graph=True)
+        with pytest.raises(RuntimeError) as error:
+            sum(g.to_local().pow(2).sum() for g in found).backward()
+        said.append(str(error.value))
+    return said
+
+
+def test_gradients_of_sharded_weights_are_not_differentiated_without_a_word():
+    for said in on_ranks(2, differentiated_twice):
+        assert all("differentiate twice" in message for message in said), said
+
+
 def test_one_process_without_a_group_has_nothing_to_shard_over():
     assert not dist.is_initialized()
     with pytest.raises(InputError, match="torchrun"):

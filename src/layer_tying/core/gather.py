@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from layer_tying.core.distributed import held_here, is_sharded, others_may_be_lost, rank
@@ -58,8 +59,9 @@ class _Gather(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return with_rows(my_rows_of_mean(gradient, ctx.sharded), ctx.sharded), None
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return with_rows(my_rows_of_mean(gradients[0], ctx.sharded), ctx.sharded), None
 
 
 def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from layer_tying.core.distributed import others_may_be_lost
 from layer_tying.core.gather import (
@@ -51,6 +52,7 @@ class _GatherMixed(torch.autograd.Function):
         return full
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coefficients, *sets = (each._local_tensor.detach() for each in ctx.weights)
         rows = my_rows_of_mean(grad_outputs[0], ctx.weights[1])
