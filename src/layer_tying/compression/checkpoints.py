@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from layer_tying.compression.healing import Healing
 from layer_tying.compression.work import Work
 from layer_tying.events import at
+from layer_tying.runs.checkpoints import KEPT_CHECKPOINTS, newest
 from layer_tying.saving import checkpoint, training_state
-
-KEPT_CHECKPOINTS = 2
 
 
 def save(work: Work, healing: Healing) -> None:
@@ -41,9 +39,7 @@ def restore(work: Work, healing: Healing) -> None:
     Raises:
         InputError: if none is whole, or it is of another model.
     """
-    saved, problems = checkpoint.newest_checkpoint(work.folder.checkpoints)
-    for problem in problems:
-        print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
+    saved = newest(work.folder.checkpoints)
     state = saved.training_state()
     healing.layers.apply(saved.tying)
     if saved.settings.mixes:

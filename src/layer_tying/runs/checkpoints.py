@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from layer_tying.core import distributed
@@ -47,6 +48,18 @@ def has_checkpoints(trainer: Trainer) -> bool:
     return checkpoint.has_steps(trainer.folder.checkpoints)
 
 
+def newest(folder: Path, says_so: bool = True) -> checkpoint.Checkpoint:
+    """The newest whole checkpoint in a folder; a line on stderr for each that is passed over.
+
+    Raises:
+        InputError: if none is whole.
+    """
+    saved, problems = checkpoint.newest_checkpoint(folder)
+    for problem in problems if says_so else ():
+        print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
+    return saved
+
+
 def restore(trainer: Trainer) -> None:
     """Go on from the newest whole checkpoint, exactly.
 
@@ -54,9 +67,7 @@ def restore(trainer: Trainer) -> None:
         InputError: if none is whole, or it is of another run or of other data.
     """
     folder = trainer.folder.checkpoints
-    saved, problems = checkpoint.newest_checkpoint(folder)
-    for problem in problems if trainer.accelerator.is_main_process else ():
-        print(f"layer-tying: {problem}; going on from {saved.folder.name}", file=sys.stderr)
+    saved = newest(folder, says_so=trainer.accelerator.is_main_process)
     its_config = TrainConfig.from_json(json.dumps(saved.config))
     if difference := first_difference(its_config, trainer.config):
         raise InputError(f"cannot resume: {saved.folder} is of another run: {difference}")
