@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quality_rows import (
     GATE,
     Groups,
+    Row,
     best_fixed,
     gap_closed,
     gate,
@@ -19,26 +21,54 @@ from quality_rows import (
 )
 from quality_settings import Setting, half_as_deep
 
+from layer_tying.report.markdown import markdown_table
+
 PARAMETERS = "trainable_parameters_mean"
+HEADS = (
+    *("setting, k of L", "against L layers", "against k layers", "against best fixed"),
+    *("gap closed", "parameters", "depth is worth", "seeds"),
+)
+CAPTION = (
+    "Mixtures are compared by the ratio of test perplexities, or by the difference of test "
+    "accuracies, over the seeds that both sides have; *best fixed* is the best fixed pattern of k "
+    "groups with 1/n scaling. The parameters are a share of those of the L layers. Depth is worth "
+    "what L layers take off the perplexity, or the error, of k layers."
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A setting in which depth pays, and the share of the gap that mixtures close there."""
+
+    name: str
+    setting: Setting
+    groups: Groups
+    gap: float
 
 
 def what_holds(settings: Mapping[str, tuple[Setting, Groups]]) -> str:
-    """The sentences as a Markdown list, the bad news first."""
-    open_, closed = [], []
-    for name, (setting, groups) in settings.items():
-        share = gate(groups, setting)
-        if share is not None:
-            (open_ if share <= GATE else closed).append((name, share))
-    parts = [_gate(open_, closed)]
-    for name, _ in open_:
-        if settings[name][0].accuracy:  # the perplexity of a task that is solved has no meaning
-            parts.append(_accuracy(name, *settings[name]))
-        else:
-            setting, groups = settings[name]
-            parts.append(_perplexity(name, setting, groups))
-            for ours in (f"mixture-{setting.sets[0]}", half_as_deep(setting)):
-                parts.append(_time(name, ours, setting, groups))
-    return "\n".join(f"- {part}" for part in parts if part)
+    """The gates, a table of mixtures against their rivals, the worst first, and their times."""
+    shares = {name: gate(groups, setting) for name, (setting, groups) in settings.items()}
+    passed = [name for name, share in shares.items() if share is not None and share <= GATE]
+    failed = [name for name, share in shares.items() if share is not None and share > GATE]
+    found = [
+        Found(name, *settings[name], gap)
+        for name in passed
+        if (gap := gap_closed(settings[name][1], settings[name][0], _mixture(settings[name][0])))
+        is not None
+    ]
+    found.sort(key=lambda each: each.gap)
+    parts = [_answer(found), _gate(len(passed), failed)]
+    if found:
+        parts += [markdown_table(HEADS, map(_cells, found)), CAPTION]
+    times = [
+        _time(each.name, ours, each.setting, each.groups)
+        for each in found
+        if not each.setting.accuracy  # the perplexity of a task that is solved has no meaning
+        for ours in (_mixture(each.setting), half_as_deep(each.setting))
+    ]
+    parts.append("\n".join(f"- {sentence}" for sentence in times if sentence))
+    return "\n\n".join(part for part in parts if part)
 
 
 def in_the_papers_model(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -65,67 +95,81 @@ def in_the_papers_model(rows: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _gate(open_: list[tuple[str, float]], closed: list[tuple[str, float]]) -> str:
-    found = ", ".join(f"{1 - share:.1%} in `{name}`" for name, share in [*open_, *closed])
-    shut = ", ".join(f"`{name}`" for name, _ in closed)
-    ending = f" {shut} did not pass and {_is(closed)} not compared." if closed else ""
+def _answer(found: Sequence[Found]) -> str:
+    if not found:
+        return ""
+    gaps = [each.gap for each in found]
+    shares = [_share_of_parameters(each) for each in found]
     return (
-        f"Depth pays in {len(open_)} of {len(open_) + len(closed)} settings: the perplexity (or "
-        f"error) of L conventional layers is at least {1 - GATE:.0%} lower than that of k layers "
-        f"({found or '-'}).{ending}"
+        f"**Learned mixtures of k shared sets of weights close {min(gaps):.0%} to {max(gaps):.0%} "
+        f"of the gap between k conventional layers and L of them, with {min(shares):.0%} to "
+        f"{max(shares):.0%} of the parameters of the L layers.** The setting in which they close "
+        f"least comes first."
     )
 
 
-def _is(many: list[tuple[str, float]]) -> str:
+def _gate(num_passed: int, failed: Sequence[str]) -> str:
+    shut = ", ".join(f"`{name}`" for name in failed)
+    ending = f" {shut} did not pass and {_is(failed)} not compared." if failed else ""
+    return (
+        f"Depth pays in {num_passed} of {num_passed + len(failed)} settings: the perplexity, or "
+        f"the error, of L conventional layers is at least {1 - GATE:.0%} lower than that of k "
+        f"layers.{ending}"
+    )
+
+
+def _is(many: Sequence[str]) -> str:
     return "are" if len(many) > 1 else "is"
 
 
-def _accuracy(name: str, setting: Setting, groups: Groups) -> str:
-    ours = f"mixture-{setting.sets[0]}"
-    methods = [ours, setting.deep, setting.rival]
-    if not all(method in groups for method in methods):
-        return ""
-    hops = sorted(entry for entry in groups[ours][0] if entry.startswith("test_accuracy_k"))
-    last = f" ({{:.1f}} with {hops[-1].removeprefix('test_accuracy_k')} hops)" if hops else ""
-
-    def percent(method: str) -> str:
-        rows = groups[method]
-        entries = ["test_accuracy", *hops[-1:]]
-        overall, *hardest = (100 * mean(rows, entry) for entry in entries)
-        return f"{overall:.1f} %{last.format(*hardest)}"
-
-    share = mean(groups[ours], PARAMETERS) / mean(groups[setting.deep], PARAMETERS)
-    return (
-        f"`{name}`: `{ours}` is right in {percent(ours)} with {share:.0%} of the parameters of "
-        f"`{setting.deep}`, which is right in {percent(setting.deep)}; `{setting.rival}`, which "
-        f"has as many parameters, is right in {percent(setting.rival)} "
-        f"(seeds: {_seeds(groups, ours, setting.deep, setting.rival)})."
-    )
+def _mixture(setting: Setting) -> str:
+    return f"mixture-{setting.sets[0]}"
 
 
-def _perplexity(name: str, setting: Setting, groups: Groups) -> str:
-    ours = f"mixture-{setting.sets[0]}"
-    to_deep = ratio(groups, setting, ours, setting.deep)
-    to_rival = ratio(groups, setting, ours, setting.rival)
-    closed = gap_closed(groups, setting, ours)
-    if to_deep is None or to_rival is None or closed is None:
-        return ""
-    share = mean(groups[ours], PARAMETERS) / mean(groups[setting.deep], PARAMETERS)
+def _share_of_parameters(found: Found) -> float:
+    ours, deep = found.groups[_mixture(found.setting)], found.groups[found.setting.deep]
+    return mean(ours, PARAMETERS) / mean(deep, PARAMETERS)
+
+
+def _cells(found: Found) -> list[str]:
+    setting, groups = found.setting, found.groups
+    ours, deep, rival = _mixture(setting), setting.deep, setting.rival
     fixed = best_fixed(groups, setting)
-    to_fixed = ratio(groups, setting, ours, fixed) if fixed else None
-    rest = f", and {to_fixed:.3f} times that of `{fixed}`" if to_fixed else ""
-    seeds = _seeds(groups, ours, setting.deep, setting.rival)
-    return (
-        f"`{name}`: `{ours}` has {to_deep:.3f} times the perplexity of `{setting.deep}` with "
-        f"{share:.0%} of its parameters; it has {to_rival:.3f} times that of `{setting.rival}`, "
-        f"which has as many parameters{rest}. It closes {closed:.0%} of the gap between "
-        f"`{setting.rival}` and `{setting.deep}` (seeds: {seeds})."
-    )
+    worth = gate(groups, setting)
+    assert worth is not None
+    return [
+        f"`{found.name}`, {rival.rpartition('-')[2]} of {deep.rpartition('-')[2]}",
+        *(_against(groups, setting, ours, other) for other in (deep, rival, fixed)),
+        f"{found.gap:.0%}",
+        f"{_share_of_parameters(found):.0%}",
+        f"{1 - worth:.1%}",
+        str(len(_common_seeds(groups, ours, deep, rival))),
+    ]
 
 
-def _seeds(groups: Groups, *methods: str) -> int:
-    """How many seeds all of them have: those that are compared."""
-    return len(set.intersection(*({row["seed"] for row in groups[m]} for m in methods)))
+def _against(groups: Groups, setting: Setting, ours: str, other: str | None) -> str:
+    """The ratio of the perplexities, or the difference of the accuracies in points."""
+    compared = ratio(groups, setting, ours, other) if other else None
+    if compared is None or other is None:
+        return ""
+    if not setting.accuracy:
+        return f"{compared:.3f} times"
+    seeds = _common_seeds(groups, ours, other)
+    one, another = ([r for r in groups[m] if r["seed"] in seeds] for m in (ours, other))
+    points = f"{_points(one, another, 'test_accuracy')} points"
+    hops = sorted(name for name in one[0] if name.startswith("test_accuracy_k"))
+    hardest = [f" (of {name[-1]} hops {_points(one, another, name)})" for name in hops[-1:]]
+    return points + "".join(hardest)
+
+
+def _points(ours: Sequence[Row], theirs: Sequence[Row], name: str) -> str:
+    points = round(100 * (mean(ours, name) - mean(theirs, name)), 1)
+    return f"{points:+.1f}" if points else "0.0"
+
+
+def _common_seeds(groups: Groups, *methods: str) -> set[int]:
+    """The seeds that all of them have: those that are compared."""
+    return set.intersection(*({row["seed"] for row in groups[m]} for m in methods))
 
 
 def _time(name: str, ours: str, setting: Setting, groups: Groups) -> str:

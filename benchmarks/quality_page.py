@@ -70,8 +70,7 @@ def write_page(rows: Sequence[Row], folder: Path) -> None:
         name: pair for name, pair in settings.items() if (gate(pair[1], pair[0]) or 1.0) <= GATE
     }
     paper = json.loads(PAPER.read_text(encoding="utf-8"))["rows"]
-    found = [what_holds(settings), f"- {in_the_papers_model(paper)}", f"- {_rates(rows)}"]
-    parts = ["# Quality", "\n".join(found)]
+    parts = ["# Quality", what_holds(settings), in_the_papers_model(paper)]
     for name, draw in PICTURES.items() if shown else ():
         draw_panels(shown, draw).savefig(folder / "images" / f"quality-{name}.png", dpi=150)
         parts.append(f"![Quality against {name}](images/quality-{name}.png)")
@@ -84,7 +83,7 @@ def write_page(rows: Sequence[Row], folder: Path) -> None:
     what = [
         f"- {about}" for start, about in WHAT.items() if any(m.startswith(start) for m in methods)
     ]
-    parts += ["## How it was measured", HOW, "\n".join(what)]
+    parts += ["## How it was measured", HOW, _rates(rows), "\n".join(what)]
     for name, (setting, groups) in settings.items():
         parts += [f"## {name}", _about(setting, groups)]
         if name in shown:
