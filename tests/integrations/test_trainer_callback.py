@@ -127,6 +127,32 @@ def test_a_checkpoint_is_a_plain_model_for_anyone_else(tmp_path, options):
     assert_equal(one, other)
 
 
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+SCALED = {"residual_scaling": 1.0, "residual_outputs": ["attn.c_proj", "mlp.c_proj"]}
+
+
+@pytest.mark.parametrize("options", [{"policy": "mixture"}, SCALED], ids=["mixed", "scaled"])
+def test_what_layers_compute_with_is_not_read_back_as_what_they_store(tmp_path, options):
+    run = trainer(tmp_path, callback(**options), max_steps=2)
+    run.train()
+    state, before = run.model.state_dict(), copied(weights(run))
+    with pytest.raises(InputError, match="not what they store"):
+        run.model.load_state_dict(state, strict=False)
+    assert_equal(weights(run), before)
+    assert not any(gpt2().load_state_dict(state))
+
+
+def test_a_state_dict_of_tied_layers_is_read_back(tmp_path):
+    run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=2)
+    run.train()
+    before = copied(weights(run))
+    run.model.load_state_dict(run.model.state_dict())
+    assert_equal(weights(run), before)
+
+
 def test_our_part_of_a_checkpoint_holds_each_weight_once(tmp_path):
     run = trainer(tmp_path, callback(policy=RandomPolicy(0)), max_steps=5)
     run.train()

@@ -33,7 +33,7 @@ from layer_tying.core import distributed
 from layer_tying.core.averaging import are_layers_left_to_us, leave_layers_to_us
 from layer_tying.core.find import MIXTURE, LayerStack, find_layers
 from layer_tying.core.parts import WHICH
-from layer_tying.core.weight_access import weights_as_read
+from layer_tying.core.weight_access import mixed_or_scaled, weights_as_read
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError
 from layer_tying.integrations.rewards import batch_reward, evaluation_reward, refuse_reward
@@ -43,6 +43,7 @@ from layer_tying.policies.base import Policy
 from layer_tying.saving import checkpoint, training_state
 
 FOLDER = "layer_tying"  # inside a checkpoint's
+READ = "layer_tying.read"  # in a state dict's metadata: its weights are not what layers store
 
 
 class DynamicTyingCallback(TrainerCallback):
@@ -197,7 +198,7 @@ class DynamicTyingCallback(TrainerCallback):
             best = checkpoint.read_checkpoint(Path(state.best_model_checkpoint) / FOLDER)
             self.dynamic.layers.apply(best.tying)
             best.load_weights(at_hand["model"])
-        for hook in self._hooks[1:]:  # with the first, the model can still be saved
+        for hook in self._hooks[2:]:  # with the first two, the model can still be saved
             hook.remove()
 
     def _log(self, state: TrainerState, **entry: Any) -> None:
@@ -212,6 +213,7 @@ class DynamicTyingCallback(TrainerCallback):
             model.register_state_dict_post_hook(
                 partial(_give_each_layer_its_own, self.dynamic.layers.stack)
             ),
+            model.register_load_state_dict_pre_hook(_refuse_what_was_read),
             optimizer.register_state_dict_post_hook(partial(_leave_out_state, self._sizes)),
         ]
         if self.dynamic.policy.reward == "training_loss":
@@ -307,11 +309,12 @@ def _log_entry(decision: Decision) -> dict[str, Any]:
 
 
 def _give_each_layer_its_own(
-    stack: LayerStack, _: nn.Module, state: dict[str, Any], prefix: str, __: Any
+    stack: LayerStack, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
     """Put in a state dict what each layer computes with, as who saves a plain model wants."""
     if any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
         return  # who asks for parameters wants to see which are shared
+    metadata[READ] = bool(mixed_or_scaled(model))
     seen: set[int] = set()
     for name, weight in weights_as_read(stack):
         stored = state[prefix + name]
@@ -321,6 +324,15 @@ def _give_each_layer_its_own(
         seen.add(stored.data_ptr())
     for name in [name for name in state if name.endswith(MIXTURE)]:
         del state[name]
+
+
+def _refuse_what_was_read(_: nn.Module, __: Any, ___: str, metadata: Any, *____: Any) -> None:
+    if metadata.get(READ):
+        raise InputError(
+            "this state dict holds what each layer of a tied model computes with, mixed and "
+            "scaled, not what they store: load it into a model that is not tied. Copies of the "
+            "tensors in state_dict(keep_vars=True) are what they store"
+        )
 
 
 def _leave_out_state(sizes: list[int], _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
