@@ -10,8 +10,9 @@ from checks import assert_books_agree, fake_step, train_step
 from tiny_models import Plain, random_tying
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers
+from layer_tying.core.tied_layers import TiedLayers, tie
 from layer_tying.core.tying import Tying
+from layer_tying.errors import InputError
 
 pytestmark = pytest.mark.numerics
 
@@ -236,3 +237,23 @@ def test_state_in_tuples_is_copied_and_not_shared():
     for p in model.parameters():
         optimizer.state[p]["pair"][0].add_(1.0)
     assert all(optimizer.state[p]["pair"][0].eq(1.0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_optimizers", [1, 2])
+def test_a_refused_tying_leaves_the_parameters_in_their_order(num_optimizers):
+    model = Plain()
+    parameters = list(reversed(list(model.parameters())))
+    optimizers = [
+        torch.optim.AdamW(parameters[start::num_optimizers]) for start in range(num_optimizers)
+    ]
+
+    def held():
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return [[id(p) for p in group["params"]] for group in groups]
+
+    before = held()
+    with pytest.raises(InputError):
+        tie(model, "cycle", 7, optimizer=optimizers)
+    assert held() == before
+    tie(model, "cycle", 3, optimizer=optimizers)
+    assert held() != before

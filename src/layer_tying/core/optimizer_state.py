@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from itertools import compress
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layer_tying.errors import InvariantError
 
+Group = dict[str, Any]  # one of an optimizer's param_groups
 # By optimizer and model: the index of the group that each name's parameter is in, or was in last.
 _groups_of: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, dict[str, int]]]
 _groups_of = WeakKeyDictionary()
@@ -124,6 +126,23 @@ def remove_from(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
         stays = [id(p) not in taken for p in group["params"]]
         for key in _columns(group):
             group[key][:] = compress(group[key], stays)
+
+
+def order_in(optimizers: Iterable[Optimizer]) -> list[tuple[Group, Group]]:
+    """The groups of optimizers, and what they hold now in its order, for ``restore_order``."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [(group, {key: [*group[key]] for key in _columns(group)}) for group in groups]
+
+
+def restore_order(order: Iterable[tuple[Group, Group]]) -> None:
+    """Put parameters into the order they had, in the groups that hold the same ones.
+
+    An optimizer's state dict names parameters by their place, so that one saved earlier fits again.
+    """
+    for group, before in order:
+        if {id(p) for p in group["params"]} == {id(p) for p in before["params"]}:
+            for key, values in before.items():
+                group[key][:] = values
 
 
 def _columns(group: Mapping[str, object]) -> list[str]:

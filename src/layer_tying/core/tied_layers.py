@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from layer_tying.core import parts
 from layer_tying.core.distributed import held_here
 from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
-from layer_tying.core.optimizer_state import OptimizerState
+from layer_tying.core.optimizer_state import OptimizerState, order_in, restore_order
 from layer_tying.core.patterns import pattern
 from layer_tying.core.residual_scale import check_named, factors
 from layer_tying.core.tying import Rules, Tying, storage_sources
@@ -101,8 +101,7 @@ class TiedLayers:
         parts.check_residual_outputs(self.stack, settings)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
-        self._states = [OptimizerState(each, model) for each in optimizers]
+        self._states = [OptimizerState(each, model) for each in _listed(optimizer)]
         self._remove_from_optimizers()
         self._add_to_optimizers()
         self.mixtures = self._mixtures() if settings.mixes else None
@@ -333,6 +332,7 @@ def tied_layers(
 ) -> Iterator[TiedLayers]:
     """``TiedLayers``, whose options the model forgets again if what is done with them fails."""
     before = settings_of(model) if is_remembered(model) else None
+    order = order_in(_listed(optimizer))
     which = {name: value for name, value in options.items() if name in parts.WHICH}
     of_part, stack = parts.settings_of_part(model, which)
     layers = TiedLayers(model, optimizer, **options)
@@ -346,4 +346,9 @@ def tied_layers(
             remember_settings(model, before)
         for part in parts.parts_of(model):  # what another one scales may have been read here
             TiedLayers(model, **parts.which(part))
+        restore_order(order)
         raise
+
+
+def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
+    return [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
