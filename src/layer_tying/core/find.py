@@ -130,8 +130,8 @@ def _search(model: nn.Module, untied: Sequence[str]) -> str:
         )
     problem = "more than one list" if equal else "no list"
     raise InputError(
-        f"{problem} of equal blocks in {type(model).__name__}; name one with layers=...: "
-        f"{_listing(model)}"
+        f"{problem} of equal blocks in {type(model).__name__}; name one with layers=... "
+        f"(in compress, stack=...): {_listing(model)}"
     )
 
 
