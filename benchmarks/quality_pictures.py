@@ -37,15 +37,17 @@ def draw_panels(settings: Settings, draw: Callable[[Any, Setting, Groups], None]
         for axes, (name, (setting, groups)) in zip(panels, settings.items(), strict=False):
             draw(axes, setting, groups)
             axes.set_title(name, loc="left")
-        for axes in panels[len(settings) :]:
-            axes.set_visible(False)
-        methods = [name for _, groups in settings.values() for name in groups]
-        _legend(figure, methods, ncols=columns)
+        marks = _marks([name for _, groups in settings.values() for name in groups])
+        for spare in panels[len(settings) :]:
+            spare.set_axis_off()
+            spare.legend(handles=marks, loc="center", frameon=False)
+        if len(settings) == len(panels):
+            figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
         figure.canvas.draw()
     return figure
 
 
-def _legend(figure: Figure, methods: Sequence[str], ncols: int) -> None:
+def _marks(methods: Sequence[str]) -> list[Line2D]:
     kinds = {_kind(name) for name in methods}
     marks = [
         Line2D([], [], marker=marker, color=colour, linestyle="none", label=name)
@@ -64,7 +66,7 @@ def _legend(figure: Figure, methods: Sequence[str], ncols: int) -> None:
                 label="hollow: uses are not scaled",
             )
         )
-    figure.legend(handles=marks, loc="outside lower center", ncols=ncols, frameon=False)
+    return marks
 
 
 def draw_against(size: str, label: str) -> Callable[[Any, Setting, Groups], None]:
