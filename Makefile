@@ -61,7 +61,7 @@ bench-alternatives: $(VENV)/.bench ## 8-bit AdamW, APOLLO and LoRA on the same s
 bench-scaling: $(VENV)/.run ## several processes, replicated and sharded: minutes, resumes
 	$(BIN)/python benchmarks/scaling.py
 
-bench-quality: $(VENV)/.test ## patterns and policies compared: hours, resumes
+bench-quality: $(VENV)/.test ## patterns and policies compared: a day or two, resumes
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality_times.py
 

@@ -9,7 +9,7 @@ Runs are resumed where they stopped, and a run whose row is in the results is le
 every run the results are written, so that what was done counts when it is stopped; docs/quality.md
 and its pictures follow at the end.
 
-    python benchmarks/quality.py                      # all, one thread a process: days
+    python benchmarks/quality.py                      # a day or two of one thread: see the page
     python benchmarks/quality.py --settings khop --methods plain-6 plain-2 mixture-2
 """
 
@@ -25,7 +25,15 @@ from typing import Any
 
 from quality_page import write_page
 from quality_rows import NAMES, Run, best_rate, row_of, with_step_seconds
-from quality_settings import SETTINGS, Setting, claimed, command_of, methods_of, tuned
+from quality_settings import (
+    SETTINGS,
+    Setting,
+    by_default,
+    claimed,
+    command_of,
+    methods_of,
+    tuned,
+)
 
 from layer_tying.errors import InputError
 from layer_tying.files import write_text_whole
@@ -57,7 +65,7 @@ def main() -> int:
 
 def benchmark(name: str, setting: Setting, options: argparse.Namespace) -> None:
     """Everything of a setting, what tells most first: a stop leaves the most."""
-    chosen = options.methods or list(methods_of(setting))
+    chosen = options.methods or by_default(setting)
     first, *others = options.seeds
     middle = options.rates[0] if options.rates else setting.rates[1]
     rates = options.rates or setting.rates
@@ -144,7 +152,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     every = list(dict.fromkeys(m for setting in SETTINGS.values() for m in methods_of(setting)))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", choices=every, help="default: all of a setting")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=every,
+        help="default: all in the first setting, in others what is claimed",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, help="to choose from, in every setting")
     parser.add_argument("--max-steps", type=int, help="to try it out")

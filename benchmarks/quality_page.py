@@ -83,9 +83,15 @@ def write_page(rows: Sequence[Row], folder: Path) -> None:
     what = [
         f"- {about}" for start, about in WHAT.items() if any(m.startswith(start) for m in methods)
     ]
-    parts += ["## How it was measured", HOW, _rates(rows), "\n".join(what)]
+    parts += [
+        "## How it was measured",
+        f"{HOW} {_cost(rows)} Most ran two at a time.",
+        _rates(rows),
+        "\n".join(what),
+    ]
     for name, (setting, groups) in settings.items():
-        parts += [f"## {name}", _about(setting, groups)]
+        mine = [row for row in rows if row["setting"] == name]
+        parts += [f"## {name}", f"{_about(setting, groups)} {_cost(mine)}"]
         if name in shown:
             parts.append(_table(setting, groups))
     write_text_whole(folder / "quality.md", "\n\n".join(parts) + "\n")
@@ -103,6 +109,14 @@ def _about(setting: Setting, groups: Groups) -> str:
     else:
         verdict = f"The gate is not passed: {_worth(setting, share)}. Nothing is compared."
     return f"{setting.about} ({', '.join(machines)}; {', '.join(versions)}). {verdict}"
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    seconds = sum(row["steps"] * row["seconds_per_step"] for row in rows)
+    return (
+        f"The {len(rows)} runs, with those at other learning rates, took {seconds / 3600:.1f} "
+        f"hours of one thread."
+    )
 
 
 def _worth(setting: Setting, share: float) -> str:

@@ -32,6 +32,7 @@ class Setting:
         rates: learning rates to choose from; the middle one is tried first.
         accuracy: whether the figure is an accuracy, to be maximised, and not a perplexity.
         cut: writes the data into a folder, where they are a part of a text.
+        all_methods: whether also those are trained, by default, that no sentence is about.
     """
 
     about: str
@@ -40,6 +41,7 @@ class Setting:
     rates: tuple[float, float, float] = (1e-3, 2e-3, 4e-3)
     accuracy: bool = False
     cut: Callable[[Path], None] | None = None
+    all_methods: bool = False
 
     @property
     def depth(self) -> int:
@@ -113,6 +115,11 @@ def claimed(setting: Setting) -> list[str]:
     return [setting.rival, setting.deep, f"mixture-{k}", f"cycle-{k}, 1/n", *fast]
 
 
+def by_default(setting: Setting) -> list[str]:
+    """The methods that are trained where none is named."""
+    return list(methods_of(setting)) if setting.all_methods else claimed(setting)
+
+
 def tuned(setting: Setting) -> list[str]:
     """The methods that have three learning rates to choose from; others have the mixture's."""
     return claimed(setting)[:3]
@@ -166,14 +173,7 @@ SETTINGS: dict[str, Setting] = {
         {**LLAMA, "tokenizer": "bytes", "bptt": 64, "batch_size": 8, "max_steps": 10_000},
         sets=(3, 2, 4),
         cut=_part_of("wiki2", 5_500_000, 200_000),
-    ),
-    "wiki2-passes": Setting(
-        "300 KB of WikiText-2 as bytes, ten passes: GPT-2 of 12 layers x 96, 6,000 steps of 8 x "
-        "64 tokens",
-        {**LLAMA, "family": "gpt2", "nhead": 4, "emsize": 96, "tokenizer": "bytes", "bptt": 64}
-        | {"batch_size": 8, "max_steps": 6000, "eval_every": 500, "save_every": 3000},
-        rates=(2e-3, 4e-3, 8e-3),
-        cut=_part_of("wiki2", 300_000, 100_000),
+        all_methods=True,
     ),
     "khop": Setting(
         "k-hop induction, up to six hops: 6 layers x 64, 8,000 steps of 32 x 49 fresh tokens",
@@ -183,12 +183,6 @@ SETTINGS: dict[str, Setting] = {
         rates=(5e-4, 1e-3, 2e-3),
         accuracy=True,
     ),
-    "vit": Setting(
-        "all CIFAR-10 images, as JPEG: ViT of 12 layers x 64, 14,000 steps of 32 images",
-        of_the_paper("vit-cifar10-conventional"),
-        rates=(2.5e-4, 5e-4, 1e-3),
-        accuracy=True,
-    ),
     "library-subwords": Setting(
         "sources of Python's standard library in 1,024 subwords: GPT-2 of 12 layers x 64, 10,000 "
         "steps of 8 x 64 tokens",
@@ -196,5 +190,19 @@ SETTINGS: dict[str, Setting] = {
         | {"max_steps": 10_000},
         rates=(2e-3, 4e-3, 8e-3),
         cut=_library,
+    ),
+    "vit": Setting(
+        "all CIFAR-10 images, as JPEG: ViT of 12 layers x 64, 14,000 steps of 32 images",
+        of_the_paper("vit-cifar10-conventional"),
+        rates=(2.5e-4, 5e-4, 1e-3),
+        accuracy=True,
+    ),
+    "wiki2-passes": Setting(
+        "300 KB of WikiText-2 as bytes, ten passes: GPT-2 of 12 layers x 96, 6,000 steps of 8 x "
+        "64 tokens",
+        {**LLAMA, "family": "gpt2", "nhead": 4, "emsize": 96, "tokenizer": "bytes", "bptt": 64}
+        | {"batch_size": 8, "max_steps": 6000, "eval_every": 500, "save_every": 3000},
+        rates=(2e-3, 4e-3, 8e-3),
+        cut=_part_of("wiki2", 300_000, 100_000),
     ),
 }

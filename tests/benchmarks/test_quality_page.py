@@ -20,7 +20,7 @@ from quality_rows import (  # noqa: E402
     settings_of,
     with_step_seconds,
 )
-from quality_settings import SETTINGS, claimed, methods_of, tuned  # noqa: E402
+from quality_settings import SETTINGS, by_default, claimed, methods_of, tuned  # noqa: E402
 
 from layer_tying.runs.config import TrainConfig  # noqa: E402
 
@@ -33,7 +33,7 @@ def row(method, test, lr=2e-3, seed=0, validation=None, **more):
         **{"setting": "wiki2-bytes", "method": method, "lr": lr, "seed": seed},
         **{"validation_perplexity": validation, "test_perplexity": test},
         **{"trainable_parameters_mean": 6e5 if method == "plain-12" else 2e5},
-        **{"model_state_bytes_mean": 1e7, "seconds_per_step": 0.1},
+        **{"model_state_bytes_mean": 1e7, "seconds_per_step": 180.0, "steps": 20},
         "curve": [[10, 100.0, 2 * validation], [20, 200.0, validation]],
         **{"hardware": {"device": "cpu"}, "versions": {"torch": "2.0"}, **more},
     }
@@ -161,6 +161,12 @@ def test_the_page_has_a_table_with_spread_and_three_pictures(timed, tmp_path):
         assert (tmp_path / "images" / f"quality-{name}.png").stat().st_size > 5000
 
 
+def test_the_page_says_what_a_setting_costs(rows, tmp_path):
+    write_page(rows, tmp_path)
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "The 11 runs, with those at other learning rates, took 11.0 hours of one" in page
+
+
 def test_accuracies_are_given_in_per_cent(tmp_path):
     accuracies = {"plain-6": (0.99, 0.9), "plain-2": (0.8, 0.55), "mixture-2": (0.98, 0.85)}
     rows = [
@@ -182,7 +188,7 @@ def test_every_method_is_a_valid_run(name):
     setting = SETTINGS[name]
     methods = methods_of(setting)
     assert {setting.deep, setting.rival} < set(methods)
-    assert set(tuned(setting)) < set(claimed(setting)) <= set(methods)
+    assert set(tuned(setting)) < set(claimed(setting)) <= set(by_default(setting)) <= set(methods)
     for flags in methods.values():
         TrainConfig.from_flat(**{**setting.flags, **flags})
 
