@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import Plain, gpt2, gpt_neo, tokens
+from tiny_models import Plain, gpt2, gpt_neo, t5, tokens
 from torch import nn
 
 from layer_tying import InputError, Tying
@@ -218,6 +218,17 @@ def test_padding_does_not_count():
     mask[0, 4:] = 0
     assert len(outcome_of(model, {"input_ids": ids, "attention_mask": mask}).logits) == 12
     assert len(outcome_of(model, {"input_ids": ids}).logits) == 16
+
+
+def test_the_mask_of_an_encoder_is_not_the_decoders():
+    model, ids = t5().eval(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    logits = model(**batch).logits
+    assert torch.equal(outcome_of(model, batch).logits, logits.flatten(0, 1))
+    found = outcome_of(model, batch | {"decoder_attention_mask": mask}).logits
+    assert len(found) == mask.sum() < mask.numel()
 
 
 def test_layers_of_different_kinds_are_never_tied():

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from tiny_models import Plain, gpt2, llama, loss_of, t5
 from torch import nn
 
@@ -33,6 +34,14 @@ def mixed_and_untied(make, seed: int = 0) -> tuple[nn.Module, TiedLayers, nn.Mod
     return model, layers, untied
 
 
+def with_integers() -> nn.Module:
+    model = Plain()
+    for block in model.blocks:
+        codes = torch.ones(2, 2, dtype=torch.int8)
+        block.codes = nn.Parameter(codes, requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # these numbers are exact
 def test_mixing_and_its_gradients_by_hand(dtype):
     as_leaf = {"dtype": dtype, "requires_grad": True}
@@ -47,9 +56,10 @@ def test_mixing_and_its_gradients_by_hand(dtype):
     assert other.grad.tolist() == [[-1.0, 0.0], [0.0, -10.0]]
 
 
-def test_gradients_in_float64():
-    coefficients = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    sets = [torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients_in_float64(dtype):
+    coefficients = torch.randn(3, dtype=dtype, requires_grad=True)
+    sets = [torch.randn(4, 2, dtype=dtype, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(mix, (coefficients, *sets))
     assert torch.autograd.gradgradcheck(mix, (coefficients, *sets))  # gradient penalties need it
 
@@ -168,6 +178,7 @@ def test_another_tying_is_refused_while_layers_mix():
             lambda: tie(t5(), "none", layers=["encoder.block", "decoder.block"], by_kind=True),
             "layers of this model differ",
         ),
+        (lambda: tie(with_integers(), "cycle", 2), "blocks.0.codes holds integers"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(make, says):
@@ -228,6 +239,18 @@ def test_coefficients_join_an_optimizer_of_named_parameters(is_named):
     (group,) = groups_with_coefficients(layers)
     assert ("param_names" in group) == is_named
     assert group["lr"] == 5e-3
+
+
+def test_an_optimizer_without_a_learning_rate_takes_the_coefficients():
+    model = Plain()
+    optimizer = transformers.Adafactor(model.parameters())  # its steps have sizes of their own
+    layers = tie(model, CYCLE, optimizer=optimizer)
+    layers.mix()
+    assert optimizer.param_groups[-1]["lr"] is None
+    loss_of(model).backward()
+    optimizer.step()
+    layers.verify()
+    assert len({vector[0].item() for vector in layers.mixtures}) > 2
 
 
 def test_of_several_optimizers_the_coefficients_join_one_that_takes_vectors():

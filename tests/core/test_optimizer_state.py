@@ -239,6 +239,27 @@ def test_state_in_tuples_is_copied_and_not_shared():
     assert all(optimizer.state[p]["pair"][0].eq(1.0).all() for p in model.parameters())
 
 
+class Ends(nn.Module):
+    """Parameters of equal shapes before, in and after the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.last = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("grouped", [lambda model: list(model.parameters()), by_decay])
+@pytest.mark.parametrize("labels", ["abcd", "abab", "aaaa"])
+def test_the_order_is_that_of_an_optimizer_made_of_the_tied_model(labels, grouped):
+    model = Ends()
+    optimizer = torch.optim.AdamW(grouped(model))
+    tie(model, Tying.from_labels(labels), optimizer=optimizer)
+    afterwards = torch.optim.AdamW(grouped(model))
+    for one, other in zip(optimizer.param_groups, afterwards.param_groups, strict=True):
+        assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
+
+
 @pytest.mark.parametrize("num_optimizers", [1, 2])
 def test_a_refused_tying_leaves_the_parameters_in_their_order(num_optimizers):
     model = Plain()

@@ -52,6 +52,71 @@ def test_it_computes_the_same_with_weights_of_its_own(way):
     assert loss_of(model) == before
 
 
+class Named(nn.Linear):
+    """It has a parameter whose name ends as those of coefficients do."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.log_mixture = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x):
+        return super().forward(x) * self.log_mixture
+
+
+def test_a_parameter_of_the_models_own_that_is_named_like_coefficients_is_a_parameter():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Named() for _ in range(4))
+    model.head = Named()
+    layers = tie(model, "cycle", 2)
+    assert model.blocks[2].log_mixture is model.blocks[0].log_mixture
+    mixed(layers)
+    copied = untied_copy(model)
+    assert copied.state_dict().keys() == {
+        f"{path}.{name}"
+        for path in ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "head")
+        for name in ("weight", "bias", "log_mixture")
+    }
+    x = torch.randn(2, 8)
+    for block, plain in zip(
+        [*model.blocks, model.head], [*copied.blocks, copied.head], strict=True
+    ):
+        torch.testing.assert_close(plain(x), block(x))
+
+
+class Cosine(nn.Linear):
+    """A subclass that is not linear in its weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes as its class does."""
+
+
+@pytest.mark.parametrize("make", [lambda: Cosine(8, 8), lambda: Shifted(8)])
+def test_a_scale_is_not_put_into_what_is_no_linear_map(make):
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"down": make()}) for _ in range(4))
+    tie(model, "all", residual_scaling=1.0, residual_outputs=["down"])
+    with pytest.raises(InputError, match="not known to be one linear map"):
+        untied_copy(model)
+
+
+def test_a_subclass_that_computes_as_its_class_does_takes_the_scale():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"down": Renamed(8, 8)}) for _ in range(4))
+    tie(model, "all", residual_scaling=1.0, residual_outputs=["down"])
+    x = torch.randn(2, 8)
+    scaled, plain = model.blocks[1]["down"], untied_copy(model).blocks[1]["down"]
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
 @pytest.mark.parametrize("make", [Plain, llama])
 def test_a_model_that_shares_nothing_is_copied_as_it_is(make):
     model = make()

@@ -265,6 +265,51 @@ def test_a_model_that_is_tied_otherwise_takes_the_tying_of_the_export(tmp_path):
     assert_close(loss_of(other), loss_of(model))
 
 
+def mixing(num_sets: int, **options) -> Plain:
+    model = Plain()
+    layers = tie(model, "cycle", num_sets, **options)
+    with torch.no_grad():
+        for vector in layers.mix():
+            vector.add_(torch.randn(num_sets))
+    return model
+
+
+EXPORTED = {
+    "untied": Plain,
+    "tied": lambda: tie(Plain(), "cycle", 3).stack.model,
+    "as many sets": lambda: mixing(2),
+    "more sets": lambda: mixing(3),
+    "scaled": lambda: mixing(3, residual_scaling=1.0, residual_outputs=["feed_forward.1"]),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_model_that_mixes_takes_any_export(name, tmp_path):
+    torch.manual_seed(0)
+    model, other = EXPORTED[name](), mixing(2)
+    export_compact(model, tmp_path)
+    assert load(tmp_path, other) is other
+    assert_close(loss_of(other), loss_of(model))
+    assert other.state_dict().keys() == model.state_dict().keys()
+    assert settings_of(other) == settings_of(load(tmp_path, Plain()))
+    assert TiedLayers(other).tying == TiedLayers(model).tying
+
+
+def test_a_model_that_mixes_stays_as_it_was_where_an_export_does_not_fit(tmp_path):
+    export_compact(Plain(num_layers=5), tmp_path)
+    other = mixing(2)
+    before = loss_of(other)
+    with pytest.raises(InputError, match="is of another model"):
+        load(tmp_path, other)
+    assert torch.equal(loss_of(other), before)
+
+
+def test_an_export_is_not_written_in_integers_without_scales(tmp_path):
+    with pytest.raises(InputError, match=r"got torch\.int32"):
+        export_compact(Plain(), tmp_path / "small", dtype=torch.int32)
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_generation_config_that_transformers_refuses_is_one_line(tmp_path):
     model = trained("gpt2", True)
     model.generation_config.top_p = 0.6  # without do_sample

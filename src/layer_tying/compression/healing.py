@@ -144,7 +144,8 @@ class Healing:
         """
         self.check()
         for name, tensor in _tensors(self.student):
-            tensor.data = tensor.data.to(self._types[name.removesuffix(MIXTURE)])
+            known = name if name in self._types else name.removesuffix(MIXTURE)
+            tensor.data = tensor.data.to(self._types[known])
         return self.student.eval()
 
     def _objective(self, batch: Any) -> tuple[Tensor, Progress]:

@@ -55,14 +55,18 @@ def outcome_of(model: nn.Module, batch: Any) -> Outcome:
             f"{type(model).__name__} returns a {type(output).__name__} without logits: take a "
             f"model with a head, or pass outcome_of=..."
         )
-    counts = _counts(batch, logits)
+    counts = _counts(model, batch, logits)
     flat = logits.flatten(0, -2)
     return Outcome(flat if counts is None else flat[counts], found.get("loss"))
 
 
-def _counts(batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
-    """Which rows of the logits are of real input and not of padding."""
-    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+def _counts(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+    """Which rows of the logits are of real input and not of padding.
+
+    ``attention_mask`` is of the logits' positions only where there is no encoder before them.
+    """
+    is_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
     if mask is None or mask.shape != logits.shape[:-1]:
         return None
     return mask.flatten().bool()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -14,6 +14,11 @@ from layer_tying.errors import InputError
 
 MIXTURE = "_mixture"  # ends the names of coefficients (see mixtures.py): each layer has its own
 Slot = tuple[nn.Module, str]  # the module that holds a parameter, and the attribute's name
+
+
+def is_mixture(name: str, names: Container[str]) -> bool:
+    """Whether a name is that of the coefficients of another one among all names."""
+    return name.endswith(MIXTURE) and name.removesuffix(MIXTURE) in names
 
 
 @dataclass(frozen=True)
@@ -255,8 +260,9 @@ def _modules_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.M
 
 def _slots(block: nn.Module, untied: Sequence[str], outside: set[int]) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
-    for name, parameter in block.named_parameters(remove_duplicate=False):
-        is_own = _is_untied(name, untied) or name.endswith(MIXTURE)
+    named = dict(block.named_parameters(remove_duplicate=False))
+    for name, parameter in named.items():
+        is_own = _is_untied(name, untied) or is_mixture(name, named)
         if not is_own and id(parameter) not in outside:
             path, _, attribute = name.rpartition(".")
             slots[name] = (block.get_submodule(path), attribute)

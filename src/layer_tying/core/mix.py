@@ -51,8 +51,9 @@ def gradients_of_mix(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient of the coefficients, [M], and those of the sets that are wanted."""
     flat = gradient.reshape(-1)
-    to_coefficients = torch.stack([_inner(flat, each.reshape(-1)) for each in sets])
-    to_sets = [gradient * coefficients[m] if wanted else None for m, wanted in enumerate(is_wanted)]
+    to_coefficients = torch.stack([_inner(flat, each.reshape(-1).conj()) for each in sets])
+    factors = coefficients.conj()
+    to_sets = [gradient * factors[m] if wanted else None for m, wanted in enumerate(is_wanted)]
     return to_coefficients, to_sets
 
 

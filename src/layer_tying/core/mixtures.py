@@ -103,11 +103,18 @@ def check_mixable(stack: LayerStack, num_sets: int) -> None:
         problem = "the layers of this model differ, and a mixture needs equal ones"
     elif all(stored(slot).ndim < 2 for slot in stack.slots[0].values()):
         problem = f"{stack.names[0]} has no matrix to mix"
+    elif integers := [name for name, slot in stack.slots[0].items() if _is_of_integers(slot)]:
+        problem = f"{stack.names[0]}.{integers[0]} holds integers, which cannot be mixed"
     else:
         return
     raise InputError(
         f"{problem}; tie the layers instead, by another policy or with sharing='tied' of compress"
     )
+
+
+def _is_of_integers(slot: Slot) -> bool:
+    weight = stored(slot)
+    return weight.ndim > 1 and not (weight.is_floating_point() or weight.is_complex())
 
 
 def _coefficients(slot: Slot, one_hot: Tensor) -> nn.Parameter:
@@ -165,7 +172,7 @@ def _add_group(mixtures: Mixtures, optimizer: Optimizer) -> None:
     optimizer.add_param_group(
         {
             "params": list(mixtures.named().items() if "param_names" in first else mixtures),
-            "lr": LEARNING_RATE_FACTOR * first["lr"],
+            "lr": None if first["lr"] is None else LEARNING_RATE_FACTOR * first["lr"],
             "weight_decay": 0.0,
             FACTOR_KEY: LEARNING_RATE_FACTOR,
         }

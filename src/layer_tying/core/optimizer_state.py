@@ -58,8 +58,8 @@ class OptimizerState:
     def add(self, parameters: Mapping[str, nn.Parameter], fallback: Mapping[str, str]) -> None:
         """Add the parameters to the groups their names had.
 
-        An optimizer's state dict names parameters by their place, so the order depends on the tying
-        alone, whatever was changed last: the process that loads builds the same one.
+        An optimizer's state dict names parameters by their place. So the order is the model's,
+        whatever was changed last: that of an optimizer which is made of the tied model.
 
         Args:
             parameters: the live parameters of the independent layers, by their names in the model.
@@ -76,9 +76,8 @@ class OptimizerState:
         self._sort()
 
     def _sort(self) -> None:
-        """Put the layers' parameters, of all parts, last in their groups, in the model's order."""
-        named = enumerate(self._model.named_parameters())
-        place = {id(p): number for number, (name, p) in named if name in self._remembered}
+        """Put the model's parameters into its order within their groups."""
+        place = {id(p): number for number, p in enumerate(self._model.parameters())}
         for group in self.optimizer.param_groups:
             places = [place.get(id(p), -1) for p in group["params"]]
             order = sorted(range(len(places)), key=places.__getitem__)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from layer_tying.core.find import MIXTURE
 from layer_tying.core.parts import parts_of, stack_of, which
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, forget_settings
-from layer_tying.core.weight_access import read_as_they_are, weights_as_read
+from layer_tying.core.weight_access import drop_mixtures, weights_as_read
 
 
 def untied_copy(
@@ -38,10 +37,7 @@ def untied_copy(
     parts = parts_of(copied) or [TyingSettings().but(layers=layers, untied=untied, by_kind=by_kind)]
     stacks = [stack_of(copied, part) for part in parts]
     as_read = {name: w.clone() for stack in stacks for name, w in weights_as_read(stack)}
-    read_as_they_are(copied.modules())
-    for module in copied.modules():
-        for name in [name for name in module._parameters if name.endswith(MIXTURE)]:
-            del module._parameters[name]
+    drop_mixtures(copied)
     forget_settings(copied)
     for part in parts:
         tied = TiedLayers(copied, **which(part))

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from layer_tying.core.distributed import is_sharded
-from layer_tying.core.find import MIXTURE, LayerStack, Slot, class_name
+from layer_tying.core.find import MIXTURE, LayerStack, Slot, class_name, is_mixture
 from layer_tying.core.gather import gather
 from layer_tying.core.gather_mixed import gather_mixed
 from layer_tying.core.mix import mix
@@ -68,6 +68,15 @@ def read_as_they_are(modules: Iterable[nn.Module]) -> None:
                 del hooks[key]
 
 
+def drop_mixtures(model: nn.Module) -> None:
+    """Let a model read its weights as they are, and drop the coefficients."""
+    read_as_they_are(model.modules())
+    for module in model.modules():
+        held = module._parameters
+        for name in [name for name in held if is_mixture(name, held)]:
+            del held[name]
+
+
 def read_detached(slots: Iterable[Slot]) -> None:
     """Let modules read these of their weights without gradient."""
     for module, attribute in slots:
@@ -85,7 +94,7 @@ def refuse_sharded(model: nn.Module) -> None:
     for module in model.modules():
         gathered = _gathered_by(module)
         for name, weight in module._parameters.items():
-            is_ours = name in gathered or name.endswith(MIXTURE)
+            is_ours = name in gathered or is_mixture(name, module._parameters)
             if weight is not None and not is_ours and is_sharded(weight):
                 raise InputError(
                     "the model is sharded by FSDP, which settles which layers share weights: its "
@@ -180,7 +189,7 @@ def weights_as_read(stack: LayerStack) -> Iterator[tuple[str, Tensor]]:
     for layer, block, by_name in zip(stack.names, stack.blocks, factors, strict=True):
         for path, module in block.named_modules(prefix=layer, remove_duplicate=False):
             for attribute, parameter in module._parameters.items():
-                if parameter is not None and not attribute.endswith(MIXTURE):
+                if parameter is not None and not is_mixture(attribute, module._parameters):
                     name = f"{path}.{attribute}"
                     weight = getattr(module, attribute).detach()
                     yield name, weight * by_name[name] if name in by_name else weight
@@ -212,13 +221,18 @@ def _last_maps(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         adapters = parts["lora_B"].named_children()
         added = [(f"{path}.lora_B.{name}", adapter) for name, adapter in adapters]
         return [*_last_maps(f"{path}.base_layer", parts["base_layer"]), *added]
-    is_linear = isinstance(module, LINEAR) or class_name(module) in LINEAR_BY_NAME
-    if parts or not is_linear:
+    if parts or not _is_linear(module):
         raise InputError(
             f"the scale of {path} cannot be put into its weights, as a {class_name(module)} "
             f"is not known to be one linear map: name linear maps in residual_outputs"
         )
     return [(path, module)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes as one of the known linear maps does, and no subclass changed how."""
+    computes = type(module).forward
+    return class_name(module) in LINEAR_BY_NAME or computes in {each.forward for each in LINEAR}
 
 
 def _detached(module: nn.Module, attribute: str) -> Tensor:

@@ -31,7 +31,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from layer_tying.core import distributed
 from layer_tying.core.averaging import are_layers_left_to_us, leave_layers_to_us
-from layer_tying.core.find import MIXTURE, LayerStack, find_layers
+from layer_tying.core.find import LayerStack, find_layers, is_mixture
 from layer_tying.core.parts import WHICH
 from layer_tying.core.weight_access import mixed_or_scaled, weights_as_read
 from layer_tying.dynamic import Decision, DynamicTying
@@ -322,7 +322,7 @@ def _give_each_layer_its_own(
         # On the CPU, since the training device may have room for the shared weights only.
         state[prefix + name] = weight.to("cpu", copy=True) if is_new else stored
         seen.add(stored.data_ptr())
-    for name in [name for name in state if name.endswith(MIXTURE)]:
+    for name in [name for name in state if is_mixture(name, state)]:
         del state[name]
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core.distributed import is_sharded, on_rank_0, rank
-from layer_tying.core.find import MIXTURE
+from layer_tying.core.find import is_mixture
 from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.parts import modules_of, parts_of, stack_of
 from layer_tying.core.residual_scale import residual_modules
@@ -82,7 +82,7 @@ def export_expanded(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
         for name, stored_name in aliases.items():
             tensor = stored[stored_name]
             stored[name] = tensor if name in declared else tensor.to("cpu", copy=True)
-        plain = {n: tensor for n, tensor in stored.items() if not n.endswith(MIXTURE)} | as_read
+        plain = {n: tensor for n, tensor in stored.items() if not is_mixture(n, stored)} | as_read
         was = model.config.dtype
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -241,6 +241,8 @@ def _stored_and_aliases(
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     if dtype == torch.int8:
         return with_scales(name, tensor)
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"the type of an export is a floating-point one or int8, got {dtype}")
     cast = dtype if tensor.is_floating_point() else None
     return {name: tensor.to(dtype=cast).contiguous()}
 

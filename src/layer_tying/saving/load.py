@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from layer_tying.core.find import MIXTURE
+from layer_tying.core.find import is_mixture
 from layer_tying.core.mixtures import Mixtures
 from layer_tying.core.parts import stack_of, which
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
-from layer_tying.core.tying_settings import TyingSettings, remember_settings
+from layer_tying.core.tying_settings import TyingSettings, forget_settings, remember_settings
+from layer_tying.core.weight_access import drop_mixtures
 from layer_tying.errors import InputError
 from layer_tying.models.build import allocate, lay_out, replace_tensors
 from layer_tying.saving.checkpoint import check_fit, read_checkpoint, unique_tensors
@@ -49,6 +50,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = _laid_out(folder).eval() if model is None else model
         others = {name: tensors[stored] for name, stored in aliases.items() if stored in tensors}
         check_fit(_but_mixtures({**tensors, **others}), _but_mixtures(_places(model)), folder)
+        drop_mixtures(model)
+        forget_settings(model)
         _separate(model, tensors)
         _share(model, aliases)
     elif (folder / "checkpoints" / "best").is_dir():
@@ -56,8 +59,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors = best.weights()
         model = lay_out(_config_of(best.facts, folder)).eval() if model is None else model
         settings = best.settings
-        places = {name: place for name, place in _places(model).items() if name in tensors}
-        check_fit(_but_mixtures(tensors), _but_mixtures(places), folder)
+        places = _places(model)
+        check_fit(_but_mixtures({**places, **tensors}), _but_mixtures(places), folder)
+        drop_mixtures(model)
         remember_settings(model, settings.but(mixes=False))
         TiedLayers(model).apply(best.tying)
     else:
@@ -118,7 +122,7 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 
 def _but_mixtures(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All but the coefficients, which a model has only once it mixes."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(MIXTURE)}
+    return {name: tensor for name, tensor in tensors.items() if not is_mixture(name, tensors)}
 
 
 def _separate(model: nn.Module, names: Iterable[str]) -> None:
