@@ -136,7 +136,7 @@ def test_a_model_that_shares_already_gets_smaller_still(way, sharing):
     torch.testing.assert_close(logits_of(whole), before, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("start", ["groups", "closed-form"])
 def test_half_precision_is_healed_in_single(dtype, start):
     torch.manual_seed(0)

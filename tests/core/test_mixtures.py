@@ -64,6 +64,39 @@ def test_gradients_in_float64(dtype):
     assert torch.autograd.gradgradcheck(mix, (coefficients, *sets))  # gradient penalties need it
 
 
+class Perceptron(nn.Module):
+    """All of its operations have rules for all transforms of torch.func."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_the_transforms_of_torch_func_go_through_mixtures():
+    model, _, untied = mixed_and_untied(Perceptron)
+    x, tangent = torch.randn(2, 3, 8, dtype=torch.float64)
+    for each, other in zip(
+        (*torch.func.jvp(model, (x,), (tangent,)), torch.func.vmap(model)(x)),
+        (*torch.func.jvp(untied, (x,), (tangent,)), torch.func.vmap(untied)(x)),
+        strict=True,
+    ):
+        torch.testing.assert_close(each, other)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    of_samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(of_samples[name].sum(0), parameter.grad)
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_it_starts_as_the_tied_model(make):
     torch.manual_seed(0)

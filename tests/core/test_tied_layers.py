@@ -1,6 +1,7 @@
 """Tying and untying the layers of a live model: state, storage and optimizer agree, always."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.numerics
 
 MODELS = [Plain, gpt2]
 T5_LISTS = {"layers": ["encoder.block", "decoder.block"], "untied": ["*relative_attention_bias*"]}
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match="is a power of 1/n, got nan"):
+        tie(Plain(), "all", residual_scaling=math.nan, residual_outputs=["attention"])
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -87,7 +87,7 @@ def test_the_number_of_groups_is_the_number_of_independent_layers(name, sizes):
 def test_errors_name_the_value_and_what_is_known():
     with pytest.raises(InputError, match=r"unknown pattern 'spiral'.*cycle-reverse"):
         pattern("spiral", 6, 2)
-    for num_groups in (None, 0, 7):
+    for num_groups in (None, 0, 7, 2.5):
         with pytest.raises(InputError, match=f"from 1 to 6, got {num_groups}"):
             pattern("cycle", 6, num_groups)
     assert {pattern(name, 6, 3).num_layers for name in PATTERNS} == {6}

@@ -16,6 +16,8 @@ def mix(coefficients: Tensor, *sets: Tensor) -> Tensor:
         coefficients: [M].
         sets: M tensors of one shape.
     """
+    if torch._C._are_functorch_transforms_active():  # of torch.func, for which _Mix has no rules
+        return torch.stack([c * each for c, each in zip(coefficients, sets, strict=True)]).sum(0)
     total = _Mix.apply(coefficients, *sets)
     return total  # type: ignore[return-value]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
@@ -94,9 +95,9 @@ def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
     chosen = PATTERNS[name]
     if num_groups is None and chosen.default_groups:
         num_groups = chosen.default_groups(num_layers)
-    if num_groups is None or not 1 <= num_groups <= num_layers:
+    if not isinstance(num_groups, Integral) or not 1 <= num_groups <= num_layers:
         raise InputError(
             f"the pattern {name!r} needs a number of groups from 1 to {num_layers}, "
-            f"got {num_groups}"
+            f"got {num_groups!r}"
         )
     return Tying.from_labels(chosen.labels(num_layers, num_groups))

@@ -7,6 +7,7 @@ it was.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -69,6 +70,8 @@ class TyingSettings:
         for name in ("untied", "residual_outputs"):
             if isinstance(value := getattr(self, name), str):
                 raise InputError(f"{name} is a list of name patterns: write [{value!r}]")
+        if not math.isfinite(self.residual_scaling):
+            raise InputError(f"residual_scaling is a power of 1/n, got {self.residual_scaling}")
         if self.mixes and self.gradient == "owner":
             raise InputError(
                 "gradient 'owner' is of tied layers: those that mix the shared weights all "

@@ -117,9 +117,9 @@ def scale_output(module: nn.Module, factor: float) -> None:
     """Multiply what a module returns (of a tuple, its first element) by a factor."""
     if FACTOR not in module.__dict__:
         module.register_forward_hook(_scaled, prepend=True)
-        module.__dict__[FACTOR] = torch.tensor(factor)
+        module.__dict__[FACTOR] = torch.tensor(factor, device="cpu")
         _exchange(module, _ways(module))
-    module.__dict__[FACTOR] = torch.tensor(factor)
+    module.__dict__[FACTOR] = torch.tensor(factor, device="cpu")
 
 
 def _scaled(module: nn.Module, _: Any, output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+NOT_WITH_BF16 = (torch.float16, torch.float64)
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of CPUs, as torch calls them
 
 
@@ -12,9 +13,9 @@ def usual_precision(device: torch.device, dtype: torch.dtype = torch.float32) ->
     """What ``--precision auto`` stands for: ``bf16`` where the device computes in it.
 
     A CPU without instructions for bfloat16 emulates it, slower than single precision. Weights in
-    float16 do not go with it: some operations take no mixture of the two.
+    float16 and float64 do not go with it: some operations take no mixture of the two.
     """
-    if dtype == torch.float16:
+    if dtype in NOT_WITH_BF16:
         return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -35,9 +36,9 @@ def autocast(
 ) -> torch.autocast:
     """The context in which the model runs: bfloat16 where the precision says so.
 
-    Not with weights in float16 (see ``usual_precision``).
+    Not with weights in float16 or float64 (see ``usual_precision``).
     """
-    is_on = precision == "bf16" and dtype != torch.float16
+    is_on = precision == "bf16" and dtype not in NOT_WITH_BF16
     return torch.autocast(device.type, torch.bfloat16, enabled=is_on)
 
 
