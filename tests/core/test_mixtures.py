@@ -278,12 +278,12 @@ def test_an_optimizer_without_a_learning_rate_takes_the_coefficients():
     model = Plain()
     optimizer = transformers.Adafactor(model.parameters())  # its steps have sizes of their own
     layers = tie(model, CYCLE, optimizer=optimizer)
-    layers.mix()
+    mixtures = layers.mix()
     assert optimizer.param_groups[-1]["lr"] is None
     loss_of(model).backward()
     optimizer.step()
     layers.verify()
-    assert len({vector[0].item() for vector in layers.mixtures}) > 2
+    assert len({vector[0].item() for vector in mixtures}) > 2
 
 
 def test_of_several_optimizers_the_coefficients_join_one_that_takes_vectors():

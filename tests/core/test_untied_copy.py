@@ -59,8 +59,8 @@ class Named(nn.Linear):
         super().__init__(8, 8)
         self.log_mixture = nn.Parameter(torch.tensor([0.3]))
 
-    def forward(self, x):
-        return super().forward(x) * self.log_mixture
+    def forward(self, input):
+        return super().forward(input) * self.log_mixture
 
 
 def test_a_parameter_of_the_models_own_that_is_named_like_coefficients_is_a_parameter():
@@ -86,13 +86,13 @@ def test_a_parameter_of_the_models_own_that_is_named_like_coefficients_is_a_para
 class Cosine(nn.Linear):
     """A subclass that is not linear in its weight."""
 
-    def forward(self, x):
-        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+    def forward(self, input):
+        return nn.functional.linear(input, nn.functional.normalize(self.weight), self.bias)
 
 
 class Shifted(nn.LayerNorm):
-    def forward(self, x):
-        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias)
+    def forward(self, input):
+        return nn.functional.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias)
 
 
 class Renamed(nn.Linear):

@@ -225,6 +225,8 @@ def _stored_and_aliases(
 
     Of a sharded model, only rank 0 has tensors.
     """
+    if dtype not in (None, torch.int8) and not dtype.is_floating_point:
+        raise InputError(f"the type of an export is a floating-point one or int8, got {dtype}")
     first: dict[Tensor, str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -241,8 +243,6 @@ def _stored_and_aliases(
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     if dtype == torch.int8:
         return with_scales(name, tensor)
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(f"the type of an export is a floating-point one or int8, got {dtype}")
     cast = dtype if tensor.is_floating_point() else None
     return {name: tensor.to(dtype=cast).contiguous()}
 
