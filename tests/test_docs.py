@@ -25,7 +25,8 @@ def run_blocks(page: Path, folder: Path, processes: int = 1) -> None:
     code = "\n\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
     (folder / "page.py").write_text(code, encoding="utf-8")
     unset = rank_environment(0, 1, 0) if processes == 1 else ()
-    assert on_separate_ranks(processes, run_script, folder, [*unset]) == [None] * processes
+    for went_wrong in on_separate_ranks(processes, run_script, folder, [*unset]):
+        assert went_wrong is None, went_wrong  # the whole traceback, which pytest would cut
 
 
 def run_script(folder: Path, unset: list[str]) -> str | None:
