@@ -12,6 +12,7 @@ from quality_rows import (
     Groups,
     Row,
     best_fixed,
+    common_seeds,
     gap_closed,
     gate,
     mean,
@@ -143,7 +144,7 @@ def _cells(found: Found) -> list[str]:
         f"{found.gap:.0%}",
         f"{_share_of_parameters(found):.0%}",
         f"{1 - worth:.1%}",
-        str(len(_common_seeds(groups, ours, deep, rival))),
+        str(len(common_seeds(groups, ours, deep, rival))),
     ]
 
 
@@ -154,7 +155,7 @@ def _against(groups: Groups, setting: Setting, ours: str, other: str | None) -> 
         return ""
     if not setting.accuracy:
         return f"{compared:.3f} times"
-    seeds = _common_seeds(groups, ours, other)
+    seeds = common_seeds(groups, ours, other)
     one, another = ([r for r in groups[m] if r["seed"] in seeds] for m in (ours, other))
     points = f"{_points(one, another, 'test_accuracy')} points"
     hops = sorted(name for name in one[0] if name.startswith("test_accuracy_k"))
@@ -165,11 +166,6 @@ def _against(groups: Groups, setting: Setting, ours: str, other: str | None) -> 
 def _points(ours: Sequence[Row], theirs: Sequence[Row], name: str) -> str:
     points = round(100 * (mean(ours, name) - mean(theirs, name)), 1)
     return f"{points:+.1f}" if points else "0.0"
-
-
-def _common_seeds(groups: Groups, *methods: str) -> set[int]:
-    """The seeds that all of them have: those that are compared."""
-    return set.intersection(*({row["seed"] for row in groups[m]} for m in methods))
 
 
 def _time(name: str, ours: str, setting: Setting, groups: Groups) -> str:

@@ -90,14 +90,19 @@ def mean_figure(rows: Sequence[Row], setting: Setting) -> float:
     return statistics.fmean(figure(r, setting) for r in rows)
 
 
+def common_seeds(groups: Groups, *methods: str) -> set[int]:
+    """The seeds that all of these methods have: those that are compared."""
+    return set.intersection(*({r["seed"] for r in groups.get(m, [])} for m in methods))
+
+
 def ratio(groups: Groups, setting: Setting, one: str, other: str) -> float | None:
     """The ratio of two methods' mean figures, over the seeds that both have."""
-    ours, theirs = groups.get(one, []), groups.get(other, [])
-    seeds = {r["seed"] for r in ours} & {r["seed"] for r in theirs}
+    seeds = common_seeds(groups, one, other)
     if not seeds:
         return None
     above, below = (
-        mean_figure([r for r in rows if r["seed"] in seeds], setting) for rows in (ours, theirs)
+        mean_figure([r for r in groups[method] if r["seed"] in seeds], setting)
+        for method in (one, other)
     )
     return above / below
 
@@ -109,12 +114,12 @@ def gate(groups: Groups, setting: Setting) -> float | None:
 
 def gap_closed(groups: Groups, setting: Setting, method: str) -> float | None:
     """(plain-k - x) / (plain-k - plain-L), over the seeds that all three have."""
-    three = [groups.get(name, []) for name in (method, setting.rival, setting.deep)]
-    seeds = set.intersection(*({r["seed"] for r in rows} for rows in three))
+    three = (method, setting.rival, setting.deep)
+    seeds = common_seeds(groups, *three)
     if not seeds:
         return None
     ours, rival, deep = (
-        mean_figure([r for r in rows if r["seed"] in seeds], setting) for rows in three
+        mean_figure([r for r in groups[each] if r["seed"] in seeds], setting) for each in three
     )
     return (rival - ours) / (rival - deep) if rival != deep else None
 

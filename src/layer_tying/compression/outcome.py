@@ -65,8 +65,8 @@ def _counts(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Te
 
     ``attention_mask`` is of the logits' positions only where there is no encoder before them.
     """
-    is_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask = batch.get("decoder_attention_mask" if has_encoder else "attention_mask")
     if mask is None or mask.shape != logits.shape[:-1]:
         return None
     return mask.flatten().bool()
