@@ -10,7 +10,8 @@ import torch
 from tiny_models import FromLosses, Plain, gpt2, gpt_neo, loss_of
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.dynamic import Decision, DynamicTying
 from layer_tying.errors import InputError

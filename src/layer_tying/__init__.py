@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from layer_tying.core.find import find_layers
     from layer_tying.core.patterns import pattern
     from layer_tying.core.sharding import shard_tied_layers
-    from layer_tying.core.tied_layers import TiedLayers, tie
+    from layer_tying.core.tie import tie
+    from layer_tying.core.tied_layers import TiedLayers
     from layer_tying.core.tying import Rules, Tying
     from layer_tying.core.untied_copy import untied_copy
     from layer_tying.dynamic import Decision, DynamicTying
@@ -84,7 +85,7 @@ _HOME = {
     "pattern": "core.patterns",
     "save_sharded": "saving.sharded",
     "shard_tied_layers": "core.sharding",
-    "tie": "core.tied_layers",
+    "tie": "core.tie",
     "train": "runs.train",
     "untied_copy": "core.untied_copy",
 }

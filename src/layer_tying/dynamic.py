@@ -25,7 +25,8 @@ from layer_tying.core.layers import Layers
 from layer_tying.core.mixtures import check_mixable, refuse_schedulers
 from layer_tying.core.parts import settings_of_part
 from layer_tying.core.patterns import pattern
-from layer_tying.core.tied_layers import Options, tied_layers
+from layer_tying.core.tie import tied_layers
+from layer_tying.core.tied_layers import Options
 from layer_tying.core.tying import Rules, Tying
 from layer_tying.core.weight_access import refuse_sharded
 from layer_tying.errors import InputError

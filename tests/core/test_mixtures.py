@@ -12,7 +12,8 @@ from torch import nn
 
 from layer_tying.core.mix import mix
 from layer_tying.core.mixtures import FACTOR_KEY
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.weight_access import weights_as_read
 from layer_tying.errors import InputError

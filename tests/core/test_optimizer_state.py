@@ -10,7 +10,8 @@ from checks import assert_books_agree, fake_step, train_step
 from tiny_models import Plain, random_tying
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
 

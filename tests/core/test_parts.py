@@ -9,7 +9,8 @@ from torch import nn
 
 from layer_tying.core.parts import parts_of
 from layer_tying.core.patterns import pattern
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.untied_copy import untied_copy
 from layer_tying.dynamic import DynamicTying

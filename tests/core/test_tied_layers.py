@@ -19,7 +19,8 @@ from tiny_models import Plain, gpt2, gpt_neo, llama, loss_of, random_tying, t5, 
 from tolerance import assert_close
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError, InvariantError
 

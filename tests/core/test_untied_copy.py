@@ -8,7 +8,8 @@ import transformers
 from tiny_models import Plain, gpt2, llama, loss_of, t5
 from torch import nn
 
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.core.tying_settings import TyingSettings, settings_of
 from layer_tying.core.untied_copy import untied_copy

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from layer_tying.core.tied_layers import TiedLayers, tie
+from layer_tying.core.tie import tie
+from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 
 pytestmark = pytest.mark.numerics

@@ -9,7 +9,7 @@ a transition and adds those that are live after it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -116,6 +116,11 @@ class OptimizerState:
         """Give ``target`` a copy of the optimizer's state of ``source``, if it has any."""
         if source in self.optimizer.state:
             self.optimizer.state[target] = _cloned(self.optimizer.state[source])
+
+
+def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
+    """What is given as one optimizer, several, or none."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
 
 
 def remove_from(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

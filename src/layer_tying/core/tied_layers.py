@@ -11,8 +11,7 @@ its hooks and its slot in the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import nn
@@ -21,16 +20,9 @@ from torch.optim import Optimizer
 from layer_tying.core import parts
 from layer_tying.core.distributed import held_here
 from layer_tying.core.mixtures import Mixtures, add_to_optimizers, refuse_schedulers
-from layer_tying.core.optimizer_state import OptimizerState, order_in, restore_order
-from layer_tying.core.patterns import pattern
+from layer_tying.core.optimizer_state import OptimizerState, listed
 from layer_tying.core.residual_scale import check_named, factors
 from layer_tying.core.tying import Rules, Tying, storage_sources
-from layer_tying.core.tying_settings import (
-    forget_settings,
-    is_remembered,
-    remember_settings,
-    settings_of,
-)
 from layer_tying.core.weight_access import (
     read_as_they_are,
     read_detached,
@@ -101,7 +93,7 @@ class TiedLayers:
         parts.check_residual_outputs(self.stack, settings)
         self.rules = Rules(self.stack.kinds, len(self.stack.kinds))
         self.tying = tying_in_storage(self.stack)
-        self._states = [OptimizerState(each, model) for each in _listed(optimizer)]
+        self._states = [OptimizerState(each, model) for each in listed(optimizer)]
         self._remove_from_optimizers()
         self._add_to_optimizers()
         self.mixtures = self._mixtures() if settings.mixes else None
@@ -292,63 +284,3 @@ class TiedLayers:
         for modules, factor in zip(found, scales, strict=True):
             for module in modules:
                 scale_output(module, factor)
-
-
-def tie(
-    model: nn.Module,
-    tying: str | Tying,
-    num_groups: int | None = None,
-    *,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    **options: Unpack[Options],
-) -> TiedLayers:
-    """Tie the layers of a model in a fixed pattern: ``tie(model, "cycle", 3)``.
-
-    Args:
-        model: as in ``TiedLayers``.
-        tying: a pattern's name (see ``pattern``), or a ``Tying``.
-        num_groups: M, the number of independent layers, where the pattern needs it.
-        optimizer: the optimizer of the model's parameters, if it was made before.
-        options: those of ``TiedLayers``.
-
-    Returns:
-        The tied layers, whose tying can be changed again.
-
-    Raises:
-        InputError: if the layers or the tying do not fit; then nothing has changed.
-    """
-    with tied_layers(model, optimizer, **options) as layers:
-        if isinstance(tying, str):
-            tying = pattern(tying, layers.tying.num_layers, num_groups)
-        layers.apply(tying)
-        return layers
-
-
-@contextmanager
-def tied_layers(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    **options: Unpack[Options],
-) -> Iterator[TiedLayers]:
-    """``TiedLayers``, whose options the model forgets again if what is done with them fails."""
-    before = settings_of(model) if is_remembered(model) else None
-    order = order_in(_listed(optimizer))
-    which = {name: value for name, value in options.items() if name in parts.WHICH}
-    of_part, stack = parts.settings_of_part(model, which)
-    layers = TiedLayers(model, optimizer, **options)
-    try:
-        yield layers
-    except BaseException:
-        parts.remember_part(stack, of_part)
-        TiedLayers(model)  # lets them read their weights as before
-        forget_settings(model)
-        if before:
-            remember_settings(model, before)
-        for part in parts.parts_of(model):  # what another one scales may have been read here
-            TiedLayers(model, **parts.which(part))
-        restore_order(order)
-        raise
-
-
-def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
-    return [optimizer] if isinstance(optimizer, Optimizer) else optimizer or ()
