@@ -7,6 +7,7 @@ from tiny_models import Plain, gpt2, gpt_neo, llama, t5
 from torch import nn
 
 from layer_tying.core.find import find_layers
+from layer_tying.core.tie import tie
 from layer_tying.errors import InputError
 
 
@@ -53,7 +54,7 @@ def test_the_one_list_of_equal_blocks_is_found(model, container):
 
 def test_lists_of_unequal_modules_do_not_hide_the_one_of_equal_blocks():
     convolutions = nn.ModuleList([nn.Conv1d(1, 4, 3), nn.Conv1d(4, 4, 3)])
-    model = stack_of(nn.Linear(2, 2), nn.Linear(2, 2), convolutions=convolutions)
+    model = stack_of(nn.Linear(8, 8), nn.Linear(8, 8), convolutions=convolutions)
     assert find_layers(model).names == ("blocks.0", "blocks.1")
 
 
@@ -204,3 +205,34 @@ def test_a_model_that_is_itself_the_list_of_its_layers_is_told_so():
         nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     )
     assert found.names == ("1.0", "1.1")
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_part_of_one_layer_with_a_second_name_is_refused_and_nothing_changes(layer):
+    model = Plain(4)
+    model.watched = model.blocks[layer].norm
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [id(p) for p in optimizer.param_groups[0]["params"]]
+    with pytest.raises(InputError, match=rf"blocks.{layer}.norm.bias is used elsewhere"):
+        tie(model, "all", optimizer=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == before
+    assert tie(model, "all", untied=["norm.*"]).tying.num_independent == 1
+
+
+def test_a_small_list_is_not_taken_for_the_layers_where_these_differ():
+    model = stack_of(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+    model.blocks[0].weight.requires_grad_(False)
+    with pytest.raises(InputError, match="heads are equal, but blocks is larger, and its blocks 0"):
+        find_layers(model)
+    assert find_layers(model, "heads").names == ("heads.0", "heads.1")
+
+
+def test_layers_that_were_compiled_apart_are_found():
+    model = Plain(4)
+    plain = find_layers(model)
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="eager")
+    found = find_layers(model)
+    assert found.blocks == plain.blocks and found.slots == plain.slots
+    assert set(dict(model.named_modules())) >= set(found.names)

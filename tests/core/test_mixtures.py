@@ -303,3 +303,12 @@ def test_of_several_optimizers_the_coefficients_join_one_that_takes_vectors():
 def test_gradients_of_the_owner_only_do_not_go_with_mixtures():
     with pytest.raises(InputError, match="gradient 'owner'"):
         tie(gpt2(), CYCLE, gradient="owner").mix()
+
+
+def test_coefficients_learn_by_the_rate_of_the_matrices_that_they_mix():
+    model = Plain()
+    rest = [p for n, p in model.named_parameters() if not n.startswith("blocks")]
+    groups = [{"params": rest, "lr": 1e-5}, {"params": model.blocks.parameters(), "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups)
+    tie(model, "cycle", 2, optimizer=optimizer).mix()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 1e-2, 5e-2]

@@ -279,3 +279,18 @@ def test_a_refused_tying_leaves_the_parameters_in_their_order(num_optimizers):
     assert held() == before
     tie(model, "cycle", 3, optimizer=optimizers)
     assert held() != before
+
+
+def test_parameters_of_other_modules_keep_their_places():
+    """Two towers and a head in one optimizer, each tower tied on its own, in any order."""
+    rng = random.Random(0)
+    whole = nn.ModuleDict({"one": Plain(4), "other": Plain(4), "head": nn.Linear(8, 2)})
+    optimizer = torch.optim.AdamW(by_decay(whole))
+    towers = [TiedLayers(whole[name], optimizer) for name in ("one", "other")]
+    for _ in range(20):
+        rng.choice(towers).apply(random_tying(rng, 4))
+        made_anew = torch.optim.AdamW(by_decay(whole))
+        for group, other in zip(optimizer.param_groups, made_anew.param_groups, strict=True):
+            assert list(map(id, group["params"])) == list(map(id, other["params"]))
+        for tower in towers:
+            tower.verify()

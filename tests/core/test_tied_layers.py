@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -232,9 +233,12 @@ def test_verify_notices_an_optimizer_that_is_out_of_step():
     model = Plain(2)
     optimizer = torch.optim.AdamW(model.parameters())
     layers = TiedLayers(model, optimizer)
+    stranger = model.blocks[1].scale
+    layers.apply(Tying.all_tied(2))
     group = optimizer.param_groups[0]["params"]
-    stranger = nn.Parameter(torch.zeros(1))
-    group.append(stranger)
+    group.append(nn.Parameter(torch.zeros(1)))
+    layers.verify()  # which may be of another module
+    group[-1] = stranger
     with pytest.raises(InvariantError, match="no layer uses"):
         layers.verify()
     group[-1] = group[0]
@@ -361,3 +365,19 @@ def test_a_pattern_of_residual_outputs_that_is_the_name_of_nothing_is_refused():
         InputError, match=r"'mlp.c_prj' is the name of no module in transformer.h.0"
     ):
         TiedLayers(gpt2(), residual_outputs=["attn.c_proj", "mlp.c_prj"])
+
+
+def test_quantised_weights_are_copied_with_what_they_need():
+    """Of a 4-bit base model, whose weights are a subclass of Parameter with a state."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    make = partial(bitsandbytes.nn.Linear4bit, 64, 64, bias=False, quant_type="nf4")
+    model = nn.Module()
+    model.layers = nn.ModuleList(make() for _ in range(3)).to("cpu")  # which quantises them
+    layers = TiedLayers(model)
+    layers.apply(Tying.all_tied(3))
+    x = torch.randn(2, 64)
+    expected = model.layers[0](x)
+    layers.apply(Tying.independent(3))
+    for layer in model.layers:
+        assert torch.equal(layer(x), expected)

@@ -11,7 +11,7 @@ from torch import nn
 from layer_tying.core.tie import tie
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
-from layer_tying.core.tying_settings import TyingSettings, settings_of
+from layer_tying.core.tying_settings import TyingSettings, is_remembered, settings_of
 from layer_tying.core.untied_copy import untied_copy
 from layer_tying.core.weight_access import mixed_or_scaled
 from layer_tying.errors import InputError
@@ -165,6 +165,15 @@ def test_the_scale_of_a_lora_layer_goes_into_both_of_its_terms(way):
     copied = untied_copy(model)
     torch.testing.assert_close(loss_of(copied), loss_of(model))
     torch.testing.assert_close(loss_of(copied.merge_and_unload()), loss_of(model))
+
+
+def test_the_copy_of_what_wraps_a_tied_model_remembers_no_tying():
+    peft = pytest.importorskip("peft")
+    model = gpt2()
+    mixed(tie(model, "cycle", 2))
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    copied = untied_copy(peft.get_peft_model(model, lora), untied=["*lora_*"])
+    assert not any(map(is_remembered, copied.modules()))
 
 
 @pytest.mark.parametrize(

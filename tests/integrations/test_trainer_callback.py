@@ -358,6 +358,27 @@ def test_a_conventional_run_is_tied_from_where_it_is_resumed(tmp_path):
     assert isinstance(ours.dynamic, DynamicTying)
 
 
+def test_the_best_of_a_conventional_run_does_not_count_once_it_is_tied(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 3}
+    data = {"train_dataset": Sequences(), "eval_dataset": Sequences()}
+    args = trainer(tmp_path, callback(), max_steps=6, **best).args
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", True  # the first is the best
+    Trainer(gpt2(), args, **data).train()
+    ours = callback(policy=RandomPolicy(0), initial="none")
+    run = trainer(tmp_path, ours, make=gpt2, **best, metric_for_best_model="eval_loss")
+    run.args.greater_is_better = True
+    run.train(resume_from_checkpoint=True)
+    assert run.state.best_global_step > 6
+    assert TiedLayers(run.model).tying == ours.dynamic.tying
+
+
+def test_a_reward_from_batches_needs_the_models_loss(tmp_path):
+    made = trainer(tmp_path, callback())
+    data = [{"input_ids": Sequences()[number]["input_ids"]} for number in range(32)]
+    with pytest.raises(InputError, match="take reward='eval_loss'"):
+        batch_reward(made.args, made.state, made.model, made.get_test_dataloader(data))
+
+
 @pytest.mark.parametrize("policy", [FromLosses(), "random", "mixture"])
 def test_evaluations_are_no_reward_for_policies_that_do_not_learn_from_them(policy):
     with pytest.raises(InputError, match="reward='eval_loss' is for policies that learn"):

@@ -422,6 +422,22 @@ def test_mixtures_and_residual_scaling_are_exported_both_ways(family, tmp_path):
     torch.testing.assert_close(logits(plain, family), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_layers_that_were_compiled_apart_are_exported_under_their_own_names(mixes, tmp_path):
+    model = trained("llama", False)
+    layers = tie(model, "cycle", 2)
+    if mixes:
+        layers.mix()
+    for number, block in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(block, backend="eager")
+    export_compact(model, tmp_path / "compact")
+    export_expanded(model, tmp_path / "expanded")
+    expected = logits(model, "llama")
+    assert_close(logits(load(tmp_path / "compact"), "llama"), expected)
+    plain = CLASSES["llama"].from_pretrained(tmp_path / "expanded")
+    assert_close(logits(plain, "llama"), expected)
+
+
 def test_settings_make_a_round_trip_through_json():
     settings = TyingSettings(("encoder", "decoder"), ("*norm*",), True, "owner", owners=(0, 0, 2))
     assert TyingSettings.from_json(settings.to_json()) == settings

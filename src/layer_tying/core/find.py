@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from layer_tying.errors import InputError
 
 MIXTURE = "_mixture"  # ends the names of coefficients (see mixtures.py): each layer has its own
+COMPILED = "._orig_mod"  # in the names of what torch.compile(module) has wrapped
 Slot = tuple[nn.Module, str]  # the module that holds a parameter, and the attribute's name
 
 
@@ -66,18 +67,21 @@ def find_layers(
         by_kind: group layers that differ into kinds instead of refusing them.
 
     Raises:
-        InputError: if there is no such list or more than one, if layers differ, if a pattern of
-            what is untied matches nothing, or if the model is wrapped for many processes in a way
-            that does not notice parameters that are exchanged.
+        InputError: if there is no such list or more than one, if layers differ, also in what the
+            rest of the model uses of them, if a pattern of what is untied matches nothing, or if
+            the model is wrapped for many processes in a way that does not notice parameters that
+            are exchanged.
     """
     _refuse_wrapped(model)
     containers = _named(model, layers) if layers else [_search(model, untied)]
     names, blocks = [], []
     for container in containers:
-        for child, block in model.get_submodule(container)._modules.items():
-            assert block is not None  # a ModuleList and a Sequential hold modules only
-            names.append(f"{container}.{child}")
-            blocks.append(block)
+        for child in model.get_submodule(container)._modules:
+            name = f"{container}.{child}"
+            if class_name(model.get_submodule(name)) == "OptimizedModule":  # by torch.compile
+                name += COMPILED
+            names.append(name)
+            blocks.append(model.get_submodule(name))
     if len(blocks) < 2:
         raise InputError(f"{', '.join(containers)} holds {len(blocks)} layer(s): nothing to tie")
     _refuse_repeats(names, blocks)
@@ -87,6 +91,7 @@ def find_layers(
     slots = tuple(_slots(block, untied, outside) for block in blocks)
     if not slots[0]:
         raise InputError(f"the layers {names[0]}, ... have no parameters to share")
+    _check_alike(names, slots, kinds)
     return LayerStack(model, tuple(names), tuple(blocks), slots, kinds)
 
 
@@ -127,6 +132,7 @@ def _search(model: nn.Module, untied: Sequence[str]) -> str:
     equal = [name for name, blocks in lists.items() if _alike(blocks, untied)]
     candidates = equal or list(lists)
     if len(candidates) == 1:
+        _refuse_a_larger_one(candidates[0], lists, untied)
         return candidates[0]  # if its blocks differ, the caller says in what
     if not lists and isinstance(model, (nn.ModuleList, nn.Sequential)):
         raise InputError(
@@ -138,6 +144,22 @@ def _search(model: nn.Module, untied: Sequence[str]) -> str:
         f"{problem} of equal blocks in {type(model).__name__}; name one with layers=... "
         f"(in compress, stack=...): {_listing(model)}"
     )
+
+
+def _refuse_a_larger_one(
+    chosen: str, lists: dict[str, list[nn.Module]], untied: Sequence[str]
+) -> None:
+    """A list that holds more parameters is more likely meant, even if its blocks differ."""
+    sizes = {name: sum(p.numel() for b in lists[name] for p in b.parameters()) for name in lists}
+    largest = max(sizes, key=sizes.__getitem__)
+    if sizes[largest] > sizes[chosen]:
+        first, *others = (_traits(block, untied) for block in lists[largest])
+        odd = next(number for number, each in enumerate(others, 1) if each != first)
+        raise InputError(
+            f"the blocks of {chosen} are equal, but {largest} is larger, and its blocks 0 and "
+            f"{odd} differ: {_difference(first, others[odd - 1])}; name one list with layers=... "
+            f"(in compress, stack=...)"
+        )
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
@@ -256,6 +278,20 @@ def _modules_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.M
         yield module
         for child in module.children():
             yield from _modules_outside(child, blocks)
+
+
+def _check_alike(
+    names: Sequence[str], slots: Sequence[dict[str, Slot]], kinds: Sequence[int]
+) -> None:
+    """What the rest of the model uses is not shared: it has to be the same of each layer."""
+    for layer, kind in enumerate(kinds):
+        if odd := slots[layer].keys() ^ slots[kind].keys():
+            name = min(odd)
+            its = names[layer if name in slots[kind] else kind]
+            raise InputError(
+                f"{its}.{name} is used elsewhere in the model as well, and that of other layers is "
+                f"not: leave it out with untied=[{name!r}], or remove its second name"
+            )
 
 
 def _slots(block: nn.Module, untied: Sequence[str], outside: set[int]) -> dict[str, Slot]:

@@ -79,6 +79,12 @@ class Mixtures:
         """All coefficients, layer by layer."""
         return (vector for layer in self.coefficients for vector in layer.values())
 
+    def sets(self) -> Iterator[nn.Parameter]:
+        """The matrices that are mixed: those of the independent layers."""
+        for owner in self._owners:
+            for name in self.coefficients[owner]:
+                yield stored(self._stack.slots[owner][name])
+
     def named(self) -> dict[str, nn.Parameter]:
         """All coefficients by their names in the model, in the same order."""
         return {
@@ -167,13 +173,22 @@ def _holds_vectors(optimizer: Optimizer) -> bool:
 
 def _add_group(mixtures: Mixtures, optimizer: Optimizer) -> None:
     refuse_schedulers([optimizer])
-    first = optimizer.param_groups[0]
+    rate = _rate_of_matrices(mixtures, optimizer)
+    is_named = "param_names" in optimizer.param_groups[0]
     remove_from(optimizer, mixtures)
     optimizer.add_param_group(
         {
-            "params": list(mixtures.named().items() if "param_names" in first else mixtures),
-            "lr": None if first["lr"] is None else LEARNING_RATE_FACTOR * first["lr"],
+            "params": list(mixtures.named().items() if is_named else mixtures),
+            "lr": None if rate is None else LEARNING_RATE_FACTOR * rate,
             "weight_decay": 0.0,
             FACTOR_KEY: LEARNING_RATE_FACTOR,
         }
     )
+
+
+def _rate_of_matrices(mixtures: Mixtures, optimizer: Optimizer) -> float | None:
+    """The learning rate of the first mixed matrix that it holds; if it holds none, its first."""
+    matrices = {id(matrix) for matrix in mixtures.sets()}
+    groups = optimizer.param_groups
+    theirs = (group for group in groups if any(id(p) in matrices for p in group["params"]))
+    return next(theirs, groups[0])["lr"]

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class OptimizerState:
 
     Args:
         optimizer: it is kept in step.
-        model: whose layers they are.
+        model: whose layers they are. The optimizer may hold parameters of others as well.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
@@ -45,10 +45,19 @@ class OptimizerState:
         of_models = _groups_of.setdefault(optimizer, WeakKeyDictionary())
         self._remembered = of_models.setdefault(model, {})
         self._group_of: dict[str, int | None] = {**self._remembered}
+        self._before: dict[int, int] = {}  # of a group: how many of others precede the model's
+        self._removed: list[ref[nn.Parameter]] = []  # that are alive, of the model then
 
     def remove(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note each name's group and remove the parameters from the groups; their state stays."""
         groups = self.optimizer.param_groups
+        ours = {id(p) for p in self._model.parameters()}
+        for index, group in enumerate(groups):
+            is_ours = [id(p) in ours for p in group["params"]]
+            if any(is_ours):
+                self._before[index] = is_ours.index(True)
+        alive = [each for each in self._removed if each() is not None]
+        self._removed = [*alive, *map(ref, parameters.values())]
         index_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         found = {name: index_of.get(id(parameter)) for name, parameter in parameters.items()}
         self._group_of |= found
@@ -76,11 +85,14 @@ class OptimizerState:
         self._sort()
 
     def _sort(self) -> None:
-        """Put the model's parameters into its order within their groups."""
+        """Put the model's parameters into its order within their groups, where they were."""
         place = {id(p): number for number, p in enumerate(self._model.parameters())}
-        for group in self.optimizer.param_groups:
-            places = [place.get(id(p), -1) for p in group["params"]]
-            order = sorted(range(len(places)), key=places.__getitem__)
+        for index, group in enumerate(self.optimizer.param_groups):
+            places = [place.get(id(p)) for p in group["params"]]
+            others = [number for number, each in enumerate(places) if each is None]
+            ours = sorted(set(range(len(places))) - {*others}, key=places.__getitem__)
+            before = self._before.get(index, 0)
+            order = [*others[:before], *ours, *others[before:]]
             for key in _columns(group):
                 group[key][:] = [group[key][number] for number in order]
 
@@ -99,7 +111,8 @@ class OptimizerState:
         held = {id(p) for group in groups for p in group["params"]}
         if sum(len(group["params"]) for group in groups) != len(held):
             raise InvariantError("the optimizer holds a parameter twice")
-        if not held <= live:
+        ours = {id(p) for each in self._removed if (p := each()) is not None}
+        if not held & ours <= live:
             raise InvariantError("the optimizer holds a parameter that no layer uses")
         if not {id(p) for p in self.optimizer.state} <= held:
             raise InvariantError("the optimizer keeps the state of a parameter that it dropped")

@@ -11,6 +11,7 @@ its hooks and its slot in the KV cache.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -225,10 +226,9 @@ class TiedLayers:
         copies: dict[int, nn.Parameter] = {}
         try:
             for identity, parameter in distinct.items():
-                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                copies[identity] = copy
+                copies[identity] = _copied(parameter)
                 for state in self._states if self._copies_state() else ():
-                    state.copy(parameter, copy)
+                    state.copy(parameter, copies[identity])
         except BaseException:  # no layer will use them
             for state in self._states:
                 state.drop(copies.values())
@@ -284,3 +284,10 @@ class TiedLayers:
         for modules, factor in zip(found, scales, strict=True):
             for module in modules:
                 scale_output(module, factor)
+
+
+def _copied(parameter: nn.Parameter) -> nn.Parameter:
+    """A new parameter of equal values; subclasses, such as quantised weights, know how."""
+    if issubclass(type(parameter), nn.Parameter) and type(parameter) is not nn.Parameter:
+        return copy.deepcopy(parameter)
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)

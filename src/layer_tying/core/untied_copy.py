@@ -38,7 +38,8 @@ def untied_copy(
     stacks = [stack_of(copied, part) for part in parts]
     as_read = {name: w.clone() for stack in stacks for name, w in weights_as_read(stack)}
     drop_mixtures(copied)
-    forget_settings(copied)
+    for module in copied.modules():  # what wraps a tied model has it within
+        forget_settings(module)
     for part in parts:
         tied = TiedLayers(copied, **which(part))
         tied.apply(Tying.independent(tied.tying.num_layers))

@@ -48,6 +48,9 @@ def batch_reward(
     """Minus the loss of a random training batch; leaves the training's random numbers alone.
 
     Processes draw one batch and take a share each.
+
+    Raises:
+        InputError: if the model's output has no loss.
     """
     examples: Any = loader.dataset
     rng = np.random.default_rng([args.seed, state.global_step])
@@ -56,7 +59,12 @@ def batch_reward(
     with _random_numbers_of_its_own(int(rng.integers(2**32))):
         batch = loader.collate_fn([examples[int(i)] for i in indices])
     with evaluating(model):
-        loss = model(**send_to_device(batch, args.device))["loss"]
+        loss = model(**send_to_device(batch, args.device)).get("loss")
+    if loss is None:
+        raise InputError(
+            "reward='batch' needs the loss of a training batch, and the model's output has none "
+            "(the Trainer computes it elsewhere): take reward='eval_loss'"
+        )
     return -float(loss)
 
 

@@ -17,6 +17,7 @@ from layer_tying.errors import InputError
 def joining(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
     """Within it, groups may join the optimizer; afterwards they follow the first one's schedule.
 
+    Within it, rates are the highest of the schedule, so that new ones can be made of them.
     A scheduler refuses an optimizer that has more groups than it was made with. One of ``LambdaLR``
     (all of transformers' but ``reduce_lr_on_plateau`` and ``greedy`` are) is told of the new ones.
 
@@ -31,11 +32,14 @@ def joining(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
         )
     known = list(optimizer.param_groups)
     initial = [group.pop(INITIAL_RATE) for group in known]
+    now = [group["lr"] for group in known]
     try:
+        for group, highest in zip(known, initial, strict=True):
+            group["lr"] = highest
         yield
     finally:
-        for group, rate in zip(known, initial, strict=True):
-            group[INITIAL_RATE] = rate
+        for group, highest, rate in zip(known, initial, now, strict=True):
+            group.update({INITIAL_RATE: highest, "lr": rate})
     first = scheduler.lr_lambdas[0]
 
     def like_the_first(step: int) -> float:  # no state of a function is saved or loaded
@@ -43,7 +47,7 @@ def joining(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
 
     for number, group in enumerate(optimizer.param_groups):
         if number >= len(known):
-            group[INITIAL_RATE] = group[FACTOR_KEY] * initial[0]
+            group[INITIAL_RATE] = group["lr"]
             group["lr"] = group[INITIAL_RATE] * first(scheduler.last_epoch)
             scheduler.base_lrs[number:] = [group[INITIAL_RATE]]  # a resumed one has it already
         if FACTOR_KEY in group:

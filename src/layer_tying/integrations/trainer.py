@@ -141,6 +141,9 @@ class DynamicTyingCallback(TrainerCallback):
         else:
             self._run = distributed.from_rank_0(uuid.uuid4().hex)
             self._log(state, tying=list(self.dynamic.tying.owners), tying_run=self._run)
+            if state.best_model_checkpoint:  # of a conventional run, which is tied from here on
+                self._log(state, tying_event="the best of the untied model no longer counts")
+                state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._attach(model, optimizer)
         self._is_training = True
 

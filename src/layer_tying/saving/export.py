@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layer_tying.core.distributed import is_sharded, on_rank_0, rank
-from layer_tying.core.find import is_mixture
+from layer_tying.core.find import COMPILED, is_mixture
 from layer_tying.core.gather import whole_on_rank_0
 from layer_tying.core.parts import modules_of, parts_of, stack_of
 from layer_tying.core.residual_scale import residual_modules
@@ -189,7 +189,7 @@ def _as_read(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     _check_among(changed, {module for block in blocks for module in block.modules()})
     is_kept = rank() == 0 or not any(map(is_sharded, model.parameters()))
     return {
-        name: weight.to("cpu", dtype or weight.dtype, copy=True).contiguous()
+        _plain(name): weight.to("cpu", dtype or weight.dtype, copy=True).contiguous()
         for stack in stacks
         for name, weight in weights_as_read(stack)
         if is_kept
@@ -230,7 +230,8 @@ def _stored_and_aliases(
     first: dict[Tensor, str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name_now, tensor in model.state_dict(keep_vars=True).items():
+        name = _plain(name_now)
         if tensor in first:
             aliases[name] = first[tensor]
             continue
@@ -238,6 +239,11 @@ def _stored_and_aliases(
         for _, whole in whole_on_rank_0({name: tensor.detach()}).items():
             stored |= _as_stored(name, whole, dtype)
     return stored, aliases
+
+
+def _plain(name: str) -> str:
+    """A name as it is without ``torch.compile(module)``, which wraps a module."""
+    return name.replace(COMPILED, "")
 
 
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
