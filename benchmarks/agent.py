@@ -23,8 +23,10 @@ from agent_page import AGENT, LITERAL, PERMUTED, RANDOM, START, write_page
 from common import QUICK, RESULTS, Case, write_results
 from quality_settings import LLAMA, SETTINGS
 
+from layer_tying.errors import InputError
 from layer_tying.runs.config import TrainConfig
-from layer_tying.runs.processes import Job, train_all
+from layer_tying.runs.interrupt import INTERRUPTED
+from layer_tying.runs.processes import Ended, Job, train_all
 
 SETTING = "wiki2-bytes"  # of which the agent's runs have the data
 FLAGS = {
@@ -57,12 +59,17 @@ def main() -> None:
     steps = QUICK_STEPS if options.quick else FLAGS["max_steps"]
     jobs = {job.name: job for job in jobs_of(options.seeds, options.folder, steps)}
 
-    def report(job: Job, ended: Any) -> None:
-        print(f"{job.name}: {ended.reason or 'ended'}", flush=True)
+    def report(job: Job, ended: Ended) -> None:
+        if ended.code not in (0, INTERRUPTED):
+            raise InputError(f"{job.name}: {ended.reason}")
+        print(f"{job.name}: ended", flush=True)
         done = [row_of(job) for job in jobs.values() if job.is_done]
         write_results(output, done)
 
-    train_all(list(jobs.values()), options.processes, threads=1, resume=True, on_end=report)
+    logs = options.folder / "logs"
+    train_all(
+        list(jobs.values()), options.processes, threads=1, resume=True, on_end=report, logs=logs
+    )
     print(f"{output}, {write_page(output)}")
 
 

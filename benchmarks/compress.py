@@ -83,7 +83,9 @@ def main() -> None:
     missing = [case for case in cases if not any(case.items() <= row.items() for row in rows)]
     runs = [run_of(options.folder, case) for case in missing]
     jobs = {run.logging.exp: Job(run, run.logging.exp) for run in runs}
-    train_all(list(jobs.values()), options.processes, threads=1, resume=True)
+    ended = train_all(list(jobs.values()), options.processes, threads=1, resume=True)
+    if failed := [name for name, end in ended.items() if end.code]:
+        raise SystemExit(f"{failed[0]} could not be trained")
 
     def measured(case: Case) -> Case:
         more = {"folder": str(options.folder), "before": _scores_before(case, rows[known:])}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import agent_page
 import published_page
+from common import QUICK, RESULTS
 from paper_pictures import draw_pictures
 
 from layer_tying.errors import InputError
@@ -83,15 +84,22 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output-dir", default=f"runs/{SCALE}", help="where the runs lie")
+    parser.add_argument("--output-dir", help=f"where the runs lie (default: runs/{SCALE})")
     parser.add_argument("--data-dir", help="where local data sets lie (else $LAYER_TYING_DATA)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=MOST_PROCESSES)
-    parser.add_argument("--max-steps", type=int, help="of every row, to try them out")
-    parser.add_argument(
-        "--results", type=Path, default=REPOSITORY / f"benchmarks/results/paper-{SCALE}.json"
-    )
-    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs/results.md")
-    return parser.parse_args()
+    trial = f"of every row, to try them out: all of it goes to {QUICK}"
+    parser.add_argument("--max-steps", type=int, help=trial)
+    parser.add_argument("--results", type=Path, help="default: the committed ones")
+    parser.add_argument("--page", type=Path, help="default: docs/results.md")
+    options = parser.parse_args()
+    is_trial = options.max_steps is not None
+    options.output_dir = options.output_dir or (str(QUICK / SCALE) if is_trial else f"runs/{SCALE}")
+    results = f"paper-{SCALE}.json"
+    options.results = options.results or (QUICK if is_trial else RESULTS) / results
+    options.page = options.page or (QUICK if is_trial else REPOSITORY / "docs") / "results.md"
+    for file in (options.results, options.page):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def write(rows: Rows, reasons: dict[str, str], options: argparse.Namespace) -> None:

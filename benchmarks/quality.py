@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import QUICK
 from quality_page import write_page
 from quality_rows import NAMES, Run, best_rate, row_of, with_step_seconds
 from quality_settings import (
@@ -160,12 +161,20 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, help="to choose from, in every setting")
-    parser.add_argument("--max-steps", type=int, help="to try it out")
+    trial = f"to try it out: all of it goes to {QUICK}"
+    parser.add_argument("--max-steps", type=int, help=trial)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="of the runs (default: runs/quality)")
+    parser.add_argument("--results", type=Path, help="default: the committed ones")
+    options = parser.parse_args()
+    place, results = Path("runs"), RESULTS
+    if options.max_steps:
+        place, results = QUICK, QUICK / RESULTS.name
+    options.folder = options.folder or place / "quality"
+    options.results = options.results or results
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 if __name__ == "__main__":

@@ -58,11 +58,6 @@ class Setting:
         """The method of equal parameters without sharing: k layers."""
         return f"plain-{self.sets[0]}"
 
-    @property
-    def figure(self) -> str:
-        """The entry of a row that is compared; accuracies as errors, 1 - accuracy."""
-        return "test_error" if self.accuracy else "test_perplexity"
-
 
 def methods_of(setting: Setting) -> dict[str, Flags]:
     """What is trained in a setting, by name: the flags in which a method differs."""

@@ -250,6 +250,13 @@ def compared(here, monkeypatch):
     return configs
 
 
+def test_a_run_that_was_killed_ends_a_comparison_with_the_reason(monkeypatch, capsys):
+    ended = {"none": Ended(0), "dqn": Ended(-9, "killed by signal 9")}
+    monkeypatch.setattr(experiments, "train_all", lambda *_, **__: ended)
+    assert main(["compare", "--policies", "none,dqn"]) == 1
+    assert capsys.readouterr().err == "layer-tying: dqn: killed by signal 9\n"
+
+
 def test_what_is_compared_without_a_choice(compared):
     assert main(["compare", "--residual-scaling", "0.5"]) == 3  # it is not of none and dqn
     assert list(compared) == ["none", "dqn", "mixture"]
@@ -440,6 +447,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(here, name):
     (here / "empty").mkdir()
     assert said in complaint(here, *arguments)
     assert not [file for file in here.rglob("runs/**/*") if file.is_file()]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_wrong_flag_is_told_on_terminals_without_utf8(encoding, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--lr", "fast"])
+    said = "layer-tying train: Error parsing --lr: could not convert string to float: 'fast'; "
+    assert capsys.readouterr().err == f"{said}see layer-tying train --help\n"
 
 
 @pytest.mark.slow

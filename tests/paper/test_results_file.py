@@ -86,6 +86,14 @@ def test_rows_whose_runs_are_elsewhere_stay(rows, tmp_path):
     assert both["not_run"].keys() == {"vit-cifar10-dynamic"}
 
 
+def test_a_run_to_try_a_row_out_does_not_replace_the_row(rows, tmp_path):
+    finish(rows[ROW].folder, max_steps=4)
+    file = tmp_path / "out.json"
+    write_results(file, {"rows": [{"row": ROW, "seed": 0, "summary": {"steps": 10_000}}]})
+    (row,) = with_earlier(results_of({0: rows}, {}, "small"), file)["rows"]
+    assert row["summary"]["steps"] == 10_000
+
+
 def test_a_reason_does_not_name_this_machines_folder():
     reason = without_place("/my/data/wiki lacks train.txt", "/my/data")
     assert reason == "$LAYER_TYING_DATA/wiki lacks train.txt"

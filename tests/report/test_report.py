@@ -409,6 +409,28 @@ def test_unfinished_runs_are_marked_and_do_not_blur_finished_seeds(tmp_path):
     assert math.isfinite(spread(alone, "validation_perplexity").mean)
 
 
+@pytest.mark.parametrize(
+    ("settings", "unit", "said"),
+    [
+        ({"policy": "none"}, "tokens", None),
+        ({"policy": "mixture", "images": True}, "images", "it reads a mixture of all sets"),
+        ({"task": "rte", "sharing": "frozen"}, "examples", "no weights are shared"),
+    ],
+)
+def test_the_page_says_what_was_counted_and_what_a_tying_means(tmp_path, settings, unit, said):
+    run = read_run(write_run(tmp_path / "run", **settings))
+    groups = group_runs([run])
+    _, ((_, _, _, _, seen, *_),) = tables.run_list(groups)
+    assert seen.endswith(f" {unit}")
+    figure = figures_curves.draw_curves(groups, [{"color": "black"}], "loss", "training loss")
+    assert figure.axes[0].get_xlabel() == unit
+    write_report([run.path], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("the dev split" in page) == (unit == "examples")
+    for sentence in ("it reads a mixture of all sets", "no weights are shared"):
+        assert (sentence in page) == (sentence == said)
+
+
 # Figures.
 
 

@@ -377,3 +377,36 @@ def test_a_run_that_is_replaced_leaves_no_tokenizer(folder):
     config = small(folder, exp="replaced", policy="none", dataset="khop:1", bptt=25, max_steps=2)
     train(config, overwrite=True)
     assert not (config.folder / "tokenizer").exists()
+
+
+def test_the_run_that_is_fine_tuned_is_not_replaced(folder):
+    source = folder / "runs/gpt2"
+    before = {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.suffix}
+    config = finetuning(folder, "gpt2", "keep", exp="gpt2", max_steps=2)
+    with pytest.raises(InputError, match="is what this run starts from: name another one"):
+        train(config, overwrite=True)
+    assert {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.suffix} == before
+
+
+def test_a_run_is_replaced_only_once_its_source_was_read(folder, tmp_path):
+    source = tmp_path / "llama"
+    shutil.copytree(folder / "runs/llama", source)
+    changes = {"source": str(source), "output_dir": str(tmp_path), "exp": "tuned", "max_steps": 2}
+    config = finetuning(folder, "llama", "none", **changes)
+    train(config)
+    shutil.rmtree(source / "checkpoints")
+    with pytest.raises(InputError):
+        train(config, overwrite=True)
+    assert (config.folder / "summary.json").exists()
+
+
+def test_the_command_goes_on_without_the_run_it_is_from(folder, tmp_path):
+    source = tmp_path / "gpt2"
+    shutil.copytree(folder / "runs/gpt2", source)
+    command = ["finetune", "--task", "sst2", "--from", str(source), "--data-dir", str(folder)]
+    command += ["--output-dir", str(tmp_path), "--max-steps", "4", "--batch-size", "4"]
+    command += ["--every", "2", "--precision", "fp32"]
+    assert main(command) == 0
+    shutil.rmtree(source)
+    assert main([*command, "--resume"]) == 0
+    assert main(command) == 2

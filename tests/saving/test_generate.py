@@ -187,3 +187,13 @@ def test_a_folder_that_is_neither_is_one_line(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds no saved tokenizer"):
         generate(tmp_path, "the")
+
+
+def test_outputs_that_are_not_finite_are_one_line(tmp_path):
+    model = gpt2(vocab_size=260)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.inf
+    export_compact(model, tmp_path)
+    load_tokenizer("bytes", "").save(tmp_path)
+    with pytest.raises(InputError, match="outputs are not finite"):
+        generate(tmp_path, "the")

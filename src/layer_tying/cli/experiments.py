@@ -17,7 +17,7 @@ from layer_tying.data.glue import TASKS
 from layer_tying.errors import InputError
 from layer_tying.paper.reproduce import as_asked
 from layer_tying.paper.rows import SCALES, TYINGS, recipes, runs_first
-from layer_tying.runs.config import DEFAULTS, SHAPE, TrainConfig, read_config
+from layer_tying.runs.config import CONFIG, DEFAULTS, SHAPE, TrainConfig, read_config
 from layer_tying.runs.defaults import with_changes
 from layer_tying.runs.interrupt import INTERRUPTED
 from layer_tying.runs.processes import Job, train_all
@@ -152,8 +152,11 @@ def compare(arguments: Sequence[str], program: str, help: str) -> int:
         ended = train_all(jobs, resume=options.resume, overwrite=options.overwrite)
     except KeyboardInterrupt:  # the run that was stopped has said so
         return INTERRUPTED
-    if code := next((end.code for end in ended.values() if end.code), 0):
-        return code
+    for name, end in ended.items():
+        if end.code:  # a run says itself what went wrong, unless it was killed
+            if end.reason:
+                print(f"layer-tying: {name}: {end.reason}", file=sys.stderr)
+            return max(end.code, 1)
     folders = [job.config.folder for job in jobs]
     page = options.config.folder / "report.html"
     write_report(folders, page)
@@ -220,14 +223,17 @@ def finetune(arguments: Sequence[str], program: str, help: str) -> int:
     kind = make_dataclass("Options", [*required, *own, *GOING_ON, *groups])
     options = checked(parse(kind, arguments, program, help))
     run = Path(options.source)
-    pretrained = read_config(run).flat()
+    name = options.exp or f"{run.name}-{options.task}-{options.choice}"
+    begun = Path(options.logging.output_dir or DEFAULTS["output_dir"]) / name
+    goes_on = options.resume and (begun / CONFIG).exists()  # then the source may be gone
+    pretrained = read_config(begun if goes_on else run).flat()
     goes_on_mixing = options.choice == "keep" and pretrained["policy"] == "mixture"
     policy = "mixture" if goes_on_mixing else TYINGS[options.choice]
     config = TrainConfig.from_flat(
         **settings_given(options)
         | {name: pretrained[name] for name in SHAPE}
         | {"task": options.task, "source": options.source, "policy": policy}
-        | {"exp": options.exp or f"{run.name}-{options.task}-{options.choice}"}
+        | {"exp": name}
         | {"data_dir": options.data.data_dir or pretrained["data_dir"]}
     )
     return _train_and_report(config, options)
@@ -260,7 +266,8 @@ def recipe(arguments: Sequence[str], program: str, help: str) -> int:
         asked = f"unknown recipe {options.name!r}" if options.name else "no recipe was named"
         raise InputError(f"{asked}: see layer-tying recipe --list")
     config = as_asked(rows[options.name], options.data_dir, options.max_steps)
-    if first := runs_first(config):
+    first = None if options.resume else runs_first(config)
+    if first:
         raise InputError(
             f"{options.name} starts from {config.tying.source}, which has not ended: "
             f"first run layer-tying recipe {first} with the same options"

@@ -59,14 +59,15 @@ def refuse(prog: str, message: str) -> NoReturn:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro says first in its box, as one line."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    kept: list[str] = []
-    for line in lines:
-        if kept and (not line or set(line) == {"─"}):
-            break
-        kept.append(line)
-    return re.sub(r"\s+", " ", " ".join(kept)).strip().rstrip(".")
+    """What tyro says first in its box, as one line.
+
+    On terminals without UTF-8 the box is of hyphens, and its title stands above the first of them.
+    """
+    framed = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    paragraphs = re.split(r"^(?:─+|-+|)$", "\n".join(framed).strip(), flags=re.MULTILINE)
+    told = [" ".join(each.split()) for each in paragraphs if each.strip()]
+    has_title = "╭" not in box and len(told) > 1
+    return told[has_title].rstrip(".")
 
 
 def settings_groups(

@@ -157,7 +157,8 @@ def number_of_groups(
         dtype: of the weights in the file; the model's by default.
 
     Raises:
-        InputError: if no tying is within the budget, or layers cannot mix so few.
+        InputError: if no tying is within the budget, or none is needed, or layers cannot mix so
+            few.
     """
     number = max_independent(
         stack,
@@ -167,6 +168,8 @@ def number_of_groups(
         dtype=dtype,
         mixes=healing.sharing == "mixture",
     )
+    if number == len(stack.names):
+        raise InputError(f"the budget has room for all {number} layers: nothing would be shared")
     if healing.sharing == "mixture":
         check_mixable(stack, number)
     return number

@@ -26,22 +26,22 @@ from layer_tying.core.distributed import held_here, is_sharded, others_may_be_lo
 SOURCE = "_gathered_from"  # of a gathered weight: the function that gathers it
 
 
-def gather(sharded: Tensor, module: nn.Module | None = None) -> Tensor:
+def gather(sharded: Tensor, module: nn.Module) -> Tensor:
     """The whole of a sharded weight; differentiable.
 
     Args:
         sharded: a DTensor over a mesh of one dimension, in rows or replicated.
-        module: the module that reads it; None for what autocast never casts.
+        module: the module that reads it; autocast casts no embedding.
     """
     full = _Gather.apply(sharded, type_to_read(sharded, module))
     return full  # type: ignore[return-value]
 
 
-def type_to_read(weight: Tensor, module: nn.Module | None) -> torch.dtype:
+def type_to_read(weight: Tensor, module: nn.Module) -> torch.dtype:
     """The type to gather a weight in: autocast's, where that casts it."""
     device = weight.device.type
     is_cast = torch.is_autocast_enabled(device) and weight.ndim > 1 and weight.is_floating_point()
-    if not is_cast or module is None or isinstance(module, nn.Embedding):
+    if not is_cast or isinstance(module, nn.Embedding):
         return weight.dtype
     return torch.get_autocast_dtype(device)
 

@@ -16,13 +16,13 @@ class Pattern:
 
     Attributes:
         labels: from L layers and M groups to a label for each layer; equal labels share weights.
+        takes_groups: whether M can be chosen; else the labels do not depend on it.
         default_groups: M where none is given; None where it has to be.
-        takes_groups: whether another M can be chosen.
     """
 
     labels: Callable[[int, int], Iterable[int]]
-    default_groups: Callable[[int], int] | None = None
     takes_groups: bool = True
+    default_groups: Callable[[int], int] | None = None
 
 
 def _sandwich(num_layers: int, num_groups: int) -> list[int]:
@@ -52,21 +52,15 @@ def _middle_loop(num_layers: int, num_groups: int) -> list[int]:
 
 PATTERNS = {
     # Conventional training: every layer has weights of its own.
-    "none": Pattern(
-        lambda layers, _: range(layers), default_groups=lambda layers: layers, takes_groups=False
-    ),
+    "none": Pattern(lambda layers, _: range(layers), takes_groups=False),
     # One layer for all (ALBERT, Lan et al. 2020).
-    "all": Pattern(lambda layers, _: [0] * layers, default_groups=lambda _: 1, takes_groups=False),
+    "all": Pattern(lambda layers, _: [0] * layers, takes_groups=False),
     # Takase and Kiyono 2021.
     "sequence": Pattern(lambda layers, groups: (i * groups // layers for i in range(layers))),
     "cycle": Pattern(lambda layers, groups: (i % groups for i in range(layers))),
     "cycle-reverse": Pattern(_cycle_reverse),
     # Each layer twice in a row (MobileLLM, Liu et al. 2024).
-    "repeat": Pattern(
-        lambda layers, _: (i // 2 for i in range(layers)),
-        default_groups=lambda layers: layers // 2,
-        takes_groups=False,
-    ),
+    "repeat": Pattern(lambda layers, _: (i // 2 for i in range(layers)), takes_groups=False),
     # Subformer (Reid et al. 2021): first and last independent, the others one group, or M - 2.
     "sandwich": Pattern(_sandwich, default_groups=lambda layers: min(3, layers)),
     # First and last layers independent, the middle a repeated cycle.
@@ -93,6 +87,8 @@ def pattern(name: str, num_layers: int, num_groups: int | None = None) -> Tying:
     if name not in PATTERNS:
         raise InputError(f"unknown pattern {name!r}; the known ones are {', '.join(PATTERNS)}")
     chosen = PATTERNS[name]
+    if not chosen.takes_groups:
+        return Tying.from_labels(chosen.labels(num_layers, num_layers))
     if num_groups is None and chosen.default_groups:
         num_groups = chosen.default_groups(num_layers)
     if not isinstance(num_groups, Integral) or not 1 <= num_groups <= num_layers:

@@ -41,12 +41,18 @@ def results_of(
 def with_earlier(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The results, and the rows of an earlier file whose runs are not here: all in one order.
 
+    A run of fewer steps, such as one to try a row out, does not replace the row.
+
     Args:
         results: as ``results_of`` makes them.
         path: the earlier file, if there is one.
     """
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {(row["seed"], row["row"]): row for row in (*earlier, *results["rows"])}
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in (*earlier, *results["rows"]):
+        known = rows.setdefault((row["seed"], row["row"]), row)
+        if row["summary"].get("steps", 0) >= known["summary"].get("steps", 0):
+            rows[row["seed"], row["row"]] = row
     not_run = {n: why for n, why in results["not_run"].items() if n not in {n for _, n in rows}}
     return {**results, "rows": [rows[key] for key in sorted(rows)], "not_run": not_run}
 

@@ -19,31 +19,21 @@ class PolicyRecord:
 
     Attributes:
         place: ``module:class``, imported when it is asked for (some need torch).
-        help: one line on what it does.
         start: the pattern that it starts from, for those who choose its number of groups.
         decides: whether it changes the tying while a model trains.
         learns: whether it learns from rewards.
     """
 
     place: str
-    help: str
     start: str = "all"
     decides: bool = True
     learns: bool = True
 
 
 POLICIES = {
-    "dqn": PolicyRecord("dqn:DQN", "the paper's agent: a Q-network, epsilon-greedy"),
-    "mixture": PolicyRecord(
-        "mixture:Mixture",
-        "learns mixtures of shared weights by gradient",
-        "cycle",
-        decides=False,
-        learns=False,
-    ),
-    "random": PolicyRecord(
-        "simple:RandomPolicy", "draws every layer's owner uniformly", learns=False
-    ),
+    "dqn": PolicyRecord("dqn:DQN"),
+    "mixture": PolicyRecord("mixture:Mixture", "cycle", decides=False, learns=False),
+    "random": PolicyRecord("simple:RandomPolicy", learns=False),
 }
 
 

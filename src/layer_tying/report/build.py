@@ -36,7 +36,7 @@ from layer_tying.report.runs import (
     curve,
     group_runs,
 )
-from layer_tying.runs.reading import read_run
+from layer_tying.runs.reading import Run, read_run
 
 # name of its files, the figure, its caption -> HTML
 Show = Callable[[str, Figure, str], Markup]
@@ -59,6 +59,7 @@ COMPARISON_NOTE = (
     "was measured (on a CPU, the whole process). “For decisions” is the share of time they took. "
     "1 MB is 10⁶ bytes."
 )
+GLUE_NOTE = "Of GLUE, “test” is the dev split, as the labels of its test split are not public."
 PAPER_NOTE = (
     "Paper: David-Hay and Wolf, Dynamic Layer Tying for Parameter-Efficient Transformers, ICLR "
     "2024; GPT-2 with 48 layers of width 1,600 on WikiText-2. Perplexity is of the test split. "
@@ -162,9 +163,9 @@ def _foremost(groups: list[RunGroup]) -> RunGroup:
 def _comparison(groups: list[RunGroup]) -> list[Markup]:
     """What came out, and what it cost."""
     both = [tables.comparison(groups, part) for part in (tables.OUTCOME, tables.COST)]
-    return [page.table(*table) for table in both if len(table[0]) > 1] + [
-        page.note(COMPARISON_NOTE)
-    ]
+    is_glue = any(run.setting("task") for group in groups for run in group.runs)
+    notes = [COMPARISON_NOTE, GLUE_NOTE] if is_glue else [COMPARISON_NOTE]
+    return [page.table(*table) for table in both if len(table[0]) > 1] + [*map(page.note, notes)]
 
 
 def _curves(groups: list[RunGroup], show: Show) -> list[Markup]:
@@ -199,7 +200,7 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
         caption = (
             "The tying each run ended with. A cell names the layer whose weights are used there; "
             "cells of one number share one set of weights. Bold: independent layers."
-        )
+        ) + _where_nothing_is_shared([run for group in alike for run in group.shown])
         final = figures_tying.draw_final_tyings(alike, colours)
         blocks.append(show(f"final_tyings_{num_layers}_layers", final, caption))
         for group in alike:
@@ -210,10 +211,25 @@ def _ownership(groups: list[RunGroup], show: Show) -> list[Markup]:
                     f"{group.label}{seed}. A column is the tying after a decision (0: the start), "
                     "a colour is an owner: cells of one colour in a column share one set of "
                     "weights. A stroke runs through a layer while it is independent."
-                )
+                ) + _where_nothing_is_shared([run])
                 figure = figures_tying.draw_tying(run, colours)
                 blocks.append(show(f"tying_{_slug(group, groups)}", figure, caption))
     return blocks
+
+
+def _where_nothing_is_shared(runs: Sequence[Run]) -> str:
+    """What a tying means in runs whose layers use other weights than it says."""
+    said = ""
+    if any(run.policy == "mixture" for run in runs):
+        said += (
+            " Of learned mixtures it is the set that a layer started from; it reads a mixture of "
+            "all sets."
+        )
+    if any(run.setting("sharing") == "frozen" for run in runs):
+        said += " Where layers are frozen instead of tied, no weights are shared."
+    if any(run.setting("initial") == "frozen" for run in runs):
+        said += " With the literal start, a layer is frozen, not tied, until it first changes."
+    return said
 
 
 def _mixtures(groups: list[RunGroup], show: Show) -> list[Markup]:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from layer_tying.report.formats import format_bytes, format_number, format_scaled
-from layer_tying.report.runs import RunGroup, curve
+from layer_tying.report.runs import RunGroup, counted, curve
 from layer_tying.report.style import COMPONENTS, INK, MUTED, NARROW, PART_NAMES, WIDE, bare, percent
 
 PERPLEXITY_RANGE = 20  # times the best: an untrained model's 50,000 would flatten all the rest
@@ -21,7 +21,7 @@ PERPLEXITY_RANGE = 20  # times the best: an untrained model's 50,000 would flatt
 def draw_curves(
     groups: Sequence[RunGroup], styles: Sequence[dict[str, Any]], key: str, axis_label: str
 ) -> Figure:
-    """One metric over tokens, a line a group, a band of one standard deviation over seeds."""
+    """One metric over tokens (images, examples), a line a group, a band of one sd over seeds."""
     num_columns = 2 if max(len(group.title) for group in groups) <= 24 else 1
     num_rows = -(-len(groups) // num_columns) if len(groups) > 1 else 0
     figure = Figure(figsize=(NARROW, 2.75 + 0.17 * num_rows), layout="constrained")
@@ -36,7 +36,8 @@ def draw_curves(
         lows.append(mean.min())
         highs.append(mean.max())
     _value_axis(axes, key, min(lows), max(highs))
-    axes.set(xlabel="tokens", ylabel=axis_label)
+    units = {counted(run): None for group in groups for run in group.runs}
+    axes.set(xlabel=" or ".join(units), ylabel=axis_label)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(format_scaled(value))))
     axes.grid(axis="y", linewidth=0.7)

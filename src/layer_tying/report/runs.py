@@ -135,6 +135,13 @@ def conventional_for(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | 
     return min(candidates, key=lambda other: len(differing(other)), default=None)
 
 
+def counted(run: Run) -> str:
+    """What the run's "tokens" are: of images and of GLUE, a batch is so many of these."""
+    if run.setting("family") == "vit":
+        return "images"
+    return "examples" if run.setting("task") else "tokens"
+
+
 def curve(group: RunGroup, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A metric over tokens: tokens, mean over seeds and standard deviation (NaN for one run).
 

@@ -23,6 +23,7 @@ from layer_tying.report.runs import (
     RunGroup,
     Spread,
     conventional_for,
+    counted,
     group_runs,
     numbers,
     places,
@@ -154,7 +155,7 @@ def with_the_paper(groups: Sequence[RunGroup]) -> Table | None:
 
 def run_list(groups: Sequence[RunGroup]) -> Table:
     """Where each run lies and how far it got."""
-    names = ("folder", "run", "seed", "steps", "tokens", "decisions", "events", "state")
+    names = ("folder", "run", "seed", "steps", "seen", "decisions", "events", "state")
     place_of = iter(places([run for group in groups for run in group.runs]))
     rows = []
     for group in groups:
@@ -166,7 +167,7 @@ def run_list(groups: Sequence[RunGroup]) -> Table:
                 group.label,
                 str(run.setting("seed", "—")),
                 format_number(reached.get("steps", math.nan), digits=0),
-                format_scaled(reached.get("tokens", math.nan)),
+                f"{format_scaled(reached.get('tokens', math.nan))} {counted(run)}",
                 str(len(run.decisions) - 1),
                 str(events),
                 "unfinished" if run.summary is None else "finished",

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from layer_tying.core import distributed
+from layer_tying.errors import InputError
 from layer_tying.runs import checkpoints
 from layer_tying.runs.config import TrainConfig, read_config
 from layer_tying.runs.defaults import to_go_on_with
@@ -69,12 +70,17 @@ def _begin_or_go_on(trainer: Trainer, resume: bool, overwrite: bool) -> None:
         checkpoints.restore(trainer)
         return
     config = trainer.config
+    source = Path(config.tying.source) if config.tying.source else None
+    if source and source.resolve() == config.folder.resolve():
+        raise InputError(f"{source} is what this run starts from: name another one with --exp")
+    is_finetuned = source and config.data.task
+    if is_finetuned:
+        trainer.load_pretrained(source)  # which may be refused: before anything is replaced
     if not resume:
         distributed.on_rank_0(lambda: trainer.folder.start(config, overwrite))
         read_config(config.folder)  # is the folder in sight of every process?
     distributed.on_rank_0(lambda: checkpoints.begin(trainer))
-    if config.data.task and config.tying.source:
-        trainer.load_pretrained(Path(config.tying.source))
+    if is_finetuned:
         checkpoints.save(trainer)  # from here on the other run is not needed
 
 

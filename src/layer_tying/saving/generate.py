@@ -48,7 +48,8 @@ def generate(
         The new text, without the prompt.
 
     Raises:
-        InputError: if the model is not one that goes on from a text, or the context is too short.
+        InputError: if the model is not one that goes on from a text, its outputs are not finite, or
+            the context is too short.
     """
     sampling = _sampling(temperature, top_k)
     if not 0 <= seed < 2**63:
@@ -68,6 +69,9 @@ def generate(
     model.generation_config = _tokens_only(model.generation_config)
     model = model.to(Accelerator().device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        if not model(inputs).logits[:, -1].isfinite().all():
+            raise InputError(f"{folder}: the model's outputs are not finite, as of a diverged run")
     torch.manual_seed(seed)
     output: torch.Tensor = model.generate(  # type: ignore[operator]
         inputs,

@@ -48,14 +48,12 @@ class Metric:
         compute: its value.
         form: how its value is printed, as a format specification.
         is_headline: whether a run's summary gives the test split's under the bare name as well.
-        higher_is_better: whether more of it is better.
     """
 
     title: str
     compute: Callable[[Outcome], float]
     form: str = ".3f"
     is_headline: bool = False
-    higher_is_better: bool = False
 
 
 def scores(names: Iterable[str], outcome: Outcome) -> dict[str, float]:
@@ -140,8 +138,8 @@ def _f1(of: Outcome) -> float:
 
 
 def _share(title: str, compute: Callable[[Outcome], float]) -> Metric:
-    """A headline of which more is better."""
-    return Metric(title, compute, is_headline=True, higher_is_better=True)
+    """A headline."""
+    return Metric(title, compute, is_headline=True)
 
 
 METRICS: dict[str, Metric] = {
