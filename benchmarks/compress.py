@@ -150,7 +150,7 @@ def _from_scratch(folder: Path) -> Case:
 
 def _healed(case: Case, folder: Path) -> Case:
     torch.manual_seed(case["seed"])
-    teacher = source.open_model(folder)
+    teacher, _ = source.open_model(folder)
     outcome_of = source.kind_of(teacher).outcome_of
     task = task_of(read_config(folder).replace(seed=case["seed"] + 1), folder)
     batches = [next(task.batches) for _ in range(PROBES)]

@@ -204,7 +204,8 @@ def test_what_was_trained_scaled_or_mixed_is_the_model_that_is_compressed(here, 
     usual = {"policy": "cycle", "groups": 2, "nlayers": 4, "max_steps": 12, "untied": "*ln_*"}
     run = small(here, exp=tmp_path.name, **usual | changes)
     train(run)
-    source, teacher = load(run.folder), open_model(run.folder)
+    source, (teacher, size) = load(run.folder), open_model(run.folder)
+    assert size == source.num_parameters() < teacher.num_parameters()
     ids = torch.arange(16)[None]
     torch.testing.assert_close(teacher(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
     asked = config(here, tmp_path / "small", source=str(run.folder))

@@ -58,6 +58,15 @@ def test_a_text_that_comes_in_three_splits(hub):
     assert (texts.name, texts.words) == ("hub:me/mine", False)
 
 
+def test_a_column_of_large_strings_is_one_of_strings(hub):
+    features = {"text": datasets.Value("large_string"), "id": datasets.Value("string")}
+    columns = {"text": ROWS, "id": ["x"] * len(ROWS)}
+    hub["me/mine", None] = {
+        "train": datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    }
+    assert "column 'text'" in load_texts("hub:me/mine").source
+
+
 def test_a_text_that_is_cut_and_has_a_configuration(hub):
     hub["me/mine", "large"] = {"train": rows(story=ROWS, number=list(range(100)))}
     texts = load_texts("hub:me/mine/large")

@@ -23,7 +23,7 @@ def fails(path: Path) -> str:
 
 
 def picture(size=(8, 8), mode: str = "RGB", value: int | None = None) -> Image.Image:
-    channels = {"RGB": (3,), "L": ()}[mode]
+    channels = {"RGBA": (4,), "RGB": (3,), "L": ()}[mode]
     shape = (size[1], size[0], *channels)
     drawn = RNG.integers(0, 256, shape) if value is None else np.full(shape, value)
     return Image.fromarray(drawn.astype(np.uint8), mode)
@@ -90,6 +90,28 @@ def test_a_folder_with_train_and_test_keeps_them(tmp_path, test):
     images = load_images(str(tmp_path))
     assert sizes(images) == [36, 4, 6]
     assert images.x_train.shape[1:] == (8, 8, 1), "grey images stay grey"
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "test"), ("test", "val")])
+def test_parts_under_other_names_are_not_classes(tmp_path, names):
+    for name in names:
+        write_classes(tmp_path / name)
+    assert "look like parts of the data, not like classes" in fails(tmp_path)
+
+
+def test_a_class_may_be_called_train_and_begin_with_a_line(tmp_path):
+    classes = ("_other", "bus", "train")
+    assert load_images(str(write_classes(tmp_path, classes=classes))).classes == classes
+
+
+def test_pixels_that_nobody_sees_are_white(tmp_path):
+    write_classes(tmp_path, mode="RGBA", count=20)
+    for label, name in enumerate(("cat", "dog")):
+        hidden = np.full((8, 8, 4), 100 * label, np.uint8)
+        hidden[..., 3] = 0
+        for file in (tmp_path / name).iterdir():
+            Image.fromarray(hidden, "RGBA").save(file)
+    assert (load_images(str(tmp_path)).x_train == 255).all()
 
 
 def test_grey_images_among_coloured_ones_become_coloured(tmp_path):

@@ -321,6 +321,33 @@ def test_a_folder_with_splits_and_one_without(tmp_path):
     assert "holds no text" in fails(load_texts, str(tmp_path / "nothing"))
 
 
+def test_names_of_splits_may_begin_with_a_capital(tmp_path):
+    for name in ("Train", "Valid", "Test"):
+        write(tmp_path / f"{name}.txt", f"{name}\n")
+    texts = load_texts(str(tmp_path))
+    assert (texts.train, texts.validation, texts.test) == ("Train\n", "Valid\n", "Test\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("train-0.txt", "train-1.txt", "valid.txt", "test.txt"), "holds test and valid, which"),
+        (("train/a.txt", "Valid/a.txt", "test/a.txt"), "holds test and train and valid, which"),
+        (("train.txt", "valid.txt", "test.txt"), "train.txt: the file is empty"),
+    ],
+)
+def test_a_test_part_is_never_trained_on(tmp_path, names, says):
+    for name in names:
+        write(tmp_path / name, "" if name == "train.txt" else "some words\n" * 50)
+    assert says in fails(load_texts, str(tmp_path))
+
+
+def test_a_folder_of_programs_may_hold_one_that_is_called_test(tmp_path):
+    for name in ("model.py", "test.py", "tests/test.py"):
+        write(tmp_path / name, "some words\n" * 50)
+    assert "3 file(s)" in load_texts(str(tmp_path)).source
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -393,7 +420,9 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
     for ids in (np.array([999], np.uint16), np.array([1], np.int64)):
         np.savez(tmp_path / "wrong.npz", train=ids, validation=ids, test=ids)
         wrong.append((tmp_path / "wrong.npz").read_bytes())
-    broken = [b"", b"junk", sound[: len(sound) // 2], sound[:-1], bytes(flipped)]
+    method = sound.rindex(b"PK\1\2") + 10  # of compression, of the last file in the zip
+    flipped_method = sound[:method] + bytes([sound[method] ^ 4]) + sound[method + 1 :]
+    broken = [flipped_method, b"", b"junk", sound[: len(sound) // 2], sound[:-1], bytes(flipped)]
     for content in [*broken, *wrong]:
         cache.write_bytes(content)
         again = tokenize(texts, BYTES, tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from built_models import CLASSES, NUM_LAYERS, SOME_TIED, config_of, inputs_for
 from tolerance import assert_close
 
@@ -18,7 +20,7 @@ from layer_tying.core.residual_scale import residual_modules
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
 from layer_tying.errors import InputError
-from layer_tying.models.build import build_model, model_class
+from layer_tying.models.build import build_model, context_of, model_class
 from layer_tying.models.config import ModelConfig
 from layer_tying.models.families import FAMILIES, patch_size, residual_outputs
 
@@ -264,3 +266,17 @@ def test_images_are_cut_into_equal_patches(size, side):
             patch_size(size)
     else:
         assert patch_size(size) == side
+
+
+def test_the_context_of_models_whose_positions_begin_late_or_never_end():
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.RobertaConfig(
+        **sizes, num_hidden_layers=2, max_position_embeddings=66, pad_token_id=1
+    )
+    roberta = transformers.RobertaForCausalLM(config).eval()
+    assert context_of(roberta) == 64
+    roberta(torch.full((1, 64), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, 65), 5))
+    bloom = transformers.BloomConfig(vocab_size=40, hidden_size=8, n_layer=2, n_head=2)
+    assert context_of(transformers.BloomForCausalLM(bloom)) == math.inf

@@ -454,8 +454,18 @@ def test_a_folder_holds_one_model(tmp_path):
         folder = tmp_path / first.__name__
         first(gpt2(), folder)
         first(gpt2(), folder)  # of the same format it is replaced
-        with pytest.raises(InputError, match="the weights of a model in another format"):
+        with pytest.raises(InputError, match="of a model that this export would not replace"):
             then(gpt2(), folder)
+
+
+@pytest.mark.parametrize("export", [export_compact, export_expanded])
+def test_a_model_in_several_files_is_not_replaced(export, tmp_path):
+    """Those are never ours, and transformers would delete some of them and leave others."""
+    gpt2().save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {file.name for file in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"holds model.safetensors.index.json, of a model that"):
+        export(gpt2(), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layer_tying.compression import checkpoints, source
 from layer_tying.compression.healing import Healing, Progress
@@ -71,9 +71,10 @@ def compress_run(
     if resume:
         config = to_go_on_with(folder.path, config)
     _check_output(Path(config.output), is_known=resume or overwrite)
-    teacher = source.open_model(Path(config.source)).to(device)
+    teacher, size = source.open_model(Path(config.source))
+    teacher = teacher.to(device)  # type: ignore[arg-type]
     config = config.settled(usual_precision(device, teacher.dtype))
-    work = work_of(config, folder, teacher)
+    work = work_of(config, folder, teacher, size)
     try:
         folder.hold()
         if not resume:
@@ -224,8 +225,8 @@ def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str
         "independent_layers": healing.layers.tying.num_independent,
         "sharing": config.healing.sharing,
         "reading": chosen["reading"],
-        "parameters_before": _number(work.teacher),
-        "parameters_after": _number(student),
+        "parameters_before": work.size,
+        "parameters_after": sum(p.numel() for p in student.parameters()),
         "bytes_after": (output / COMPACT).stat().st_size,
         "before": chosen["before"],
         "tied": chosen["tied"],
@@ -237,7 +238,3 @@ def _finish(work: Work, healing: Healing, chosen: Mapping[str, Any]) -> dict[str
     }
     work.folder.summary(summary)
     return summary
-
-
-def _number(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

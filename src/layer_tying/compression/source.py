@@ -24,7 +24,7 @@ from layer_tying.data.texts import load_last_words, load_texts
 from layer_tying.data.tokenizer import Tokenizer
 from layer_tying.data.tokens import tokenize
 from layer_tying.errors import InputError
-from layer_tying.models.build import model_class
+from layer_tying.models.build import context_of, model_class
 from layer_tying.saving.checkpoint import unique_tensors
 from layer_tying.saving.export import COMPACT, one_line
 from layer_tying.saving.export_run import check_tokenizer
@@ -37,24 +37,27 @@ from layer_tying.tasks.language import LanguageTask
 USUAL_LENGTH = 256
 
 
-def open_model(folder: Path) -> PreTrainedModel:
+def open_model(folder: Path) -> tuple[PreTrainedModel, int]:
     """A run's best weights, a compact export, or a plain folder of transformers.
 
-    The layers come independent: those that shared weights get copies of what they used.
+    The layers come independent: those that shared weights get copies of what they used. The number
+    is that of the parameters before.
 
     Raises:
         InputError: if it is none of these, or is damaged.
     """
     if (folder / COMPACT).is_file() or (folder / "checkpoints" / "best").is_dir():
-        model = untied_copy(load(folder))
-        assert isinstance(model, PreTrainedModel)
-        return model
+        loaded = load(folder)
+        model = untied_copy(loaded)
+        assert isinstance(loaded, PreTrainedModel) and isinstance(model, PreTrainedModel)
+        return model, loaded.num_parameters()
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is no model: neither a run, an export nor a transformers folder"
         )
     try:
-        return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+        return model, model.num_parameters()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from None
 
@@ -106,8 +109,8 @@ def _text(
 ) -> Task:
     assert tokenizer is not None
     check_tokenizer(tokenizer, model, config.source)
-    context = getattr(model.config, "max_position_embeddings", USUAL_LENGTH)
-    length = config.bptt or min(context, USUAL_LENGTH)
+    context = context_of(model)
+    length = config.bptt or int(min(context, USUAL_LENGTH))
     if length > context:
         raise InputError(f"bptt {length} is longer than the model's context of {context} tokens")
     data = DataConfig(dataset=config.dataset, bptt=length, batch_size=config.batch_size)

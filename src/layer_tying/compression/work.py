@@ -28,7 +28,8 @@ class Work:
     Attributes:
         config: what was asked for, every default settled.
         folder: OUTPUT/run.
-        teacher: the untouched model, on the device.
+        teacher: the untouched model, on the device; its layers share nothing.
+        size: how many parameters it had, where layers shared some already.
         task: its data.
         outcome_of: what a model makes of a batch of them.
         num_groups: as many groups of layers as are within the budget.
@@ -39,6 +40,7 @@ class Work:
     config: CompressConfig
     folder: RunFolder
     teacher: PreTrainedModel
+    size: int
     task: Task
     outcome_of: OutcomeOf
     num_groups: int
@@ -58,7 +60,7 @@ class Work:
         return batches
 
 
-def work_of(config: CompressConfig, folder: RunFolder, teacher: PreTrainedModel) -> Work:
+def work_of(config: CompressConfig, folder: RunFolder, teacher: PreTrainedModel, size: int) -> Work:
     """Read the data, and check that there is a tying within the budget.
 
     Raises:
@@ -70,4 +72,4 @@ def work_of(config: CompressConfig, folder: RunFolder, teacher: PreTrainedModel)
     num_groups = number_of_groups(config.budget, config.healing, find_layers(teacher), dtype)
     task = kind.task(config, teacher, tokenizer)
     clock = Stopwatch(teacher.device)
-    return Work(config, folder, teacher, task, kind.outcome_of, num_groups, tokenizer, clock)
+    return Work(config, folder, teacher, size, task, kind.outcome_of, num_groups, tokenizer, clock)

@@ -88,8 +88,8 @@ class OptimizerState:
         """Put the model's parameters into its order within their groups, where they were."""
         place = {id(p): number for number, p in enumerate(self._model.parameters())}
         for index, group in enumerate(self.optimizer.param_groups):
-            places = [place.get(id(p)) for p in group["params"]]
-            others = [number for number, each in enumerate(places) if each is None]
+            places = [place.get(id(p), -1) for p in group["params"]]
+            others = [number for number, each in enumerate(places) if each < 0]
             ours = sorted(set(range(len(places))) - {*others}, key=places.__getitem__)
             before = self._before.get(index, 0)
             order = [*others[:before], *ours, *others[before:]]

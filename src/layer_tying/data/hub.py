@@ -18,6 +18,7 @@ from layer_tying.errors import InputError
 
 PREFIX = "hub:"
 VALIDATION = ("validation", "valid", "dev")
+STRINGS = ("string", "large_string", "string_view")  # the types of Arrow
 HIDDEN = {-1, None}  # labels that are not published
 
 
@@ -99,7 +100,7 @@ def _training_split(dataset: str, splits: Mapping[str, Any]) -> Any:
 
 def _text_column(dataset: str, rows: Any) -> str:
     names = [
-        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in STRINGS
     ]
     if "text" in names:
         return "text"

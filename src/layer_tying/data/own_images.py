@@ -19,10 +19,12 @@ from layer_tying.errors import InputError
 
 Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, C] and int64 [N]
 Parts = tuple[Labelled, Labelled | None, tuple[str, ...]]  # training, test, names of the classes
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff"}
+SUFFIXES |= {".ppm", ".pgm"}
 GREY = {"1", "L"}  # the modes of Pillow that have one channel of at most 8 bits
 WIDE = ("I", "F")  # how its modes of more bits begin
 TEST_FOLDERS = ("test", "val", "validation", "valid")
+PARTS = {"train", "training", "testing", *TEST_FOLDERS}  # no class is called so
 IDX_TESTS = ("t10k", "test")
 
 
@@ -125,6 +127,12 @@ def _size(shape: tuple[int, ...]) -> str:
 def _pixels(where: str, image: Any) -> np.ndarray:
     if image.mode.startswith(WIDE):
         raise InputError(f"{where}: more than 8 bits a pixel, convert it to 8")
+    if image.has_transparency_data:  # what nobody sees has colours too: on white, as it is shown
+        image = image.convert("RGBA")
+        white = image.copy()
+        white.paste((255, 255, 255, 255), (0, 0, *image.size))
+        white.alpha_composite(image)
+        image = white
     is_grey = image.mode in GREY
     array = np.asarray(image.convert("L" if is_grey else "RGB"))
     return array[..., None] if is_grey else array
@@ -132,7 +140,7 @@ def _pixels(where: str, image: Any) -> np.ndarray:
 
 def _class_folders(folder: Path) -> Parts:
     train = folder / "train"
-    if not train.is_dir():
+    if not (train.is_dir() and any(each.is_dir() for each in train.iterdir())):
         classes = _class_names(folder)
         return _read_classes(folder, classes), None, classes
     classes = _class_names(train)
@@ -146,8 +154,15 @@ def _class_folders(folder: Path) -> Parts:
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(
-        each.name for each in folder.iterdir() if each.is_dir() and each.name[0] not in "._"
+        each.name
+        for each in folder.iterdir()
+        if each.is_dir() and not each.name.startswith((".", "__MACOSX"))
     )
+    if {name.lower() for name in names} <= PARTS and len(names) > 1:
+        raise InputError(
+            f"{folder}: {' and '.join(names)} look like parts of the data, not like classes: name "
+            f"the folders train and test"
+        )
     if len(names) < 2:
         raise InputError(
             f"{folder}: expected a folder of images for each of two classes or more, found "

@@ -12,11 +12,12 @@ from layer_tying.errors import InputError
 def own_texts(path: Path) -> Texts:
     """The text of a file, cut 90/5/5, or of a folder.
 
-    A folder's train, validation (valid, val, dev) and test files are its splits; without a train
-    file, all its files in order are one text.
+    A folder's train, validation (valid, val, dev) and test files are its splits; without them, all
+    its files in order are one text.
 
     Raises:
-        InputError: if a file cannot be used, or the folder has a train file but not the others.
+        InputError: if a file cannot be used, or the folder has some of these files or folders and
+            not the others: a test part would be trained on.
     """
     if path.is_dir():
         return _folder_texts(path)
@@ -28,12 +29,13 @@ SPLITS = ("train", *VALIDATION, "test")
 
 
 def _folder_texts(folder: Path) -> Texts:
-    files = sorted(file for file in folder.rglob("*") if _has_content(file, folder))
+    found = sorted(file for file in folder.rglob("*") if _is_visible(file, folder))
+    files = [file for file in found if file.stat().st_size]
     if not files:
         raise InputError(f"{folder}: the folder holds no text, expected text files")
     named: dict[str, Path] = {}
-    for file in (each for each in files if each.parent == folder):
-        role = file.stem.split(".")[-1]
+    for file in (each for each in found if each.parent == folder):
+        role = file.stem.split(".")[-1].lower()
         if role in SPLITS and role in named:
             raise InputError(f"{folder}: {named[role].name} and {file.name} are both its {role}")
         named[role] = file
@@ -44,10 +46,17 @@ def _folder_texts(folder: Path) -> Texts:
         files = [named["train"], validation, named["test"]]
         source = f"{', '.join(file.name for file in files)} of {folder.name}"
         return texts_of(folder.name, map(read_text, files), source)
+    folders = {file.relative_to(folder).parts[0].lower() for file in files if file.parent != folder}
+    for names in (named.keys(), folders):
+        if len(parts := names & {*SPLITS}) > 1:
+            raise InputError(
+                f"{folder}: holds {' and '.join(sorted(parts))}, which would become one text: make "
+                f"it three files, train.txt, valid.txt and test.txt"
+            )
     text = "".join(text if text.endswith("\n") else text + "\n" for text in map(read_text, files))
     return cut_text(folder.name, text, f"{len(files)} file(s) of {folder.name}")
 
 
-def _has_content(file: Path, folder: Path) -> bool:
+def _is_visible(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.is_file() and file.stat().st_size > 0
+    return not hidden and file.is_file()

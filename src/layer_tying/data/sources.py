@@ -111,7 +111,7 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in names}
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}; expected arrays {', '.join(names)}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: truncated or not an .npz file of arrays ({reason})") from error
 

@@ -7,6 +7,7 @@ same steps with saved weights in place of random ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,6 +56,16 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"{transformers.__version__} does not have: build the model yourself and pass it"
         )
     return found
+
+
+def context_of(model: PreTrainedModel) -> float:
+    """The longest sequence in tokens; infinite where positions have no end, as Bloom's."""
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, module in model.named_modules():  # RoBERTa's positions come after one for padding
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            context -= padding + 1
+    return context
 
 
 def lay_out(config: PretrainedConfig) -> PreTrainedModel:

@@ -73,14 +73,14 @@ def _begin_or_go_on(trainer: Trainer, resume: bool, overwrite: bool) -> None:
     source = Path(config.tying.source) if config.tying.source else None
     if source and source.resolve() == config.folder.resolve():
         raise InputError(f"{source} is what this run starts from: name another one with --exp")
-    is_finetuned = source and config.data.task
-    if is_finetuned:
-        trainer.load_pretrained(source)  # which may be refused: before anything is replaced
+    pretrained = source if config.data.task else None
+    if pretrained:
+        trainer.load_pretrained(pretrained)  # which may be refused: before anything is replaced
     if not resume:
         distributed.on_rank_0(lambda: trainer.folder.start(config, overwrite))
         read_config(config.folder)  # is the folder in sight of every process?
     distributed.on_rank_0(lambda: checkpoints.begin(trainer))
-    if is_finetuned:
+    if pretrained:
         checkpoints.save(trainer)  # from here on the other run is not needed
 
 

@@ -145,14 +145,16 @@ def refuse_other_contents(folder: Path, *files: str) -> None:
             reader takes depends on the reader.
 
     Raises:
-        InputError: if there is one of these files, or the folder is that of a run.
+        InputError: if there is one of these files or a model in several files, or the folder is
+            that of a run.
     """
     if (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} holds a run, which an export would damage: name another folder")
-    if found := [name for name in files if (folder / name).exists()]:
+    shards = PLAIN[1]  # which are never ours
+    if found := [name for name in (shards, *files) if (folder / name).exists()]:
         raise InputError(
-            f"{folder} holds {found[0]}, the weights of a model in another format: name another "
-            f"folder, or remove that file"
+            f"{folder} holds {found[0]}, of a model that this export would not replace: name "
+            f"another folder, or remove that model"
         )
 
 

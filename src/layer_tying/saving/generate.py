@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.data.sources import is_encodable
 from layer_tying.errors import InputError
+from layer_tying.models.build import context_of
 from layer_tying.saving.export_run import check_tokenizer, tokenizer_of
 from layer_tying.saving.load import load
 
@@ -64,8 +65,7 @@ def generate(
     if not ids and tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]  # what stands between two documents
     check_tokenizer(tokenizer, model, folder)
-    context = getattr(model.config, "max_position_embeddings", math.inf)  # Bloom's has no end
-    length = _new_tokens(len(ids), max_new_tokens, context)
+    length = _new_tokens(len(ids), max_new_tokens, context_of(model))
     model.generation_config = _tokens_only(model.generation_config)
     model = model.to(Accelerator().device)  # type: ignore[arg-type]
     inputs = torch.tensor([ids], device=model.device)

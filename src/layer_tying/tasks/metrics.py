@@ -1,7 +1,9 @@
 """The scores there are: one record each. No torch.
 
-Perplexities of different tokenizers do not compare, bits per byte do, so text is scored per token,
-per byte, and per word where the data set is published split into words.
+Perplexities of different tokenizers do not compare, so text is scored per token, per byte, and per
+word where the data set is published split into words. Bits per byte compare between tokenizers
+that keep the whole text, as bytes, BPE and GPT-2's do; WordPiece drops white space and may drop
+case, and what is dropped costs no bits.
 
 To add a metric, add its record, and its name to the tasks that report it: ``FORMATS`` in
 ``data/glue.py``, or the list at the top of a task's module.
