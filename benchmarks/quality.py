@@ -2,8 +2,9 @@
 
 In a setting (see `quality_settings.py`) all methods train on the same data in the same order for
 the same steps; only what is shared differs. Conventional training of all layers, of as few as the
-shared ones have parameters, and the learned mixture have three learning rates each, chosen on
-validation; the other methods have the mixture's. Test figures are only reported.
+shared ones have parameters, and the learned mixture have three learning rates each (or more, where
+the best is at an end; one where a method makes no errors), chosen on validation; the other methods
+have the mixture's. The page lists the rates that its rows have. Test figures are only reported.
 
 Runs are resumed where they stopped, and a run whose row is in the results is left alone. After
 every run the results are written, so that what was done counts when it is stopped; docs/quality.md

@@ -46,7 +46,7 @@ class OptimizerState:
         self._remembered = of_models.setdefault(model, {})
         self._group_of: dict[str, int | None] = {**self._remembered}
         self._before: dict[int, int] = {}  # of a group: how many of others precede the model's
-        self._removed: list[ref[nn.Parameter]] = []  # that are alive, of the model then
+        self._removed: dict[int, ref[nn.Parameter]] = {}  # by id: what was once the model's
 
     def remove(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note each name's group and remove the parameters from the groups; their state stays."""
@@ -56,8 +56,8 @@ class OptimizerState:
             is_ours = [id(p) in ours for p in group["params"]]
             if any(is_ours):
                 self._before[index] = is_ours.index(True)
-        alive = [each for each in self._removed if each() is not None]
-        self._removed = [*alive, *map(ref, parameters.values())]
+        alive = {key: each for key, each in self._removed.items() if each() is not None}
+        self._removed = alive | {id(p): ref(p) for p in parameters.values()}
         index_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         found = {name: index_of.get(id(parameter)) for name, parameter in parameters.items()}
         self._group_of |= found
@@ -111,7 +111,7 @@ class OptimizerState:
         held = {id(p) for group in groups for p in group["params"]}
         if sum(len(group["params"]) for group in groups) != len(held):
             raise InvariantError("the optimizer holds a parameter twice")
-        ours = {id(p) for each in self._removed if (p := each()) is not None}
+        ours = {key for key, each in self._removed.items() if each() is not None}
         if not held & ours <= live:
             raise InvariantError("the optimizer holds a parameter that no layer uses")
         if not {id(p) for p in self.optimizer.state} <= held:
