@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from small_runs import crashed_at, lines_of, small, traces_of, write_text
 from tolerance import assert_close
 
@@ -28,6 +29,7 @@ from layer_tying.runs.resolve import resolve
 from layer_tying.runs.tasks import task_of
 from layer_tying.runs.train import train
 from layer_tying.runs.trainer import Trainer
+from layer_tying.saving.export_run import export_run
 from layer_tying.saving.load import load
 
 FAMILIES = ("gpt2", "llama", "bert")
@@ -410,3 +412,21 @@ def test_the_command_goes_on_without_the_run_it_is_from(folder, tmp_path):
     shutil.rmtree(source)
     assert main([*command, "--resume"]) == 0
     assert main(command) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_tokenizer_builds_what_the_classifier_was_trained_on(folder, family, tmp_path):
+    changes = {"task": "mrpc", "max_steps": 2, "exp": f"{family}-exported"}
+    run = finetuning(folder, family, "keep", **changes)
+    train(run)
+    export_run(run.folder, tmp_path, "expanded")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = read_tokenizer(run.folder / "tokenizer")
+    for pair in (("a cat", "two dogs"), ("a cat", None)):
+        wanted = encode([Example(*pair, 0)], ours, 24)
+        found = tokenizer(*pair)
+        assert found.input_ids == wanted["input_ids"][0].tolist()
+        types = wanted["token_type_ids"][0].tolist() if family == "bert" else None
+        assert found.get("token_type_ids") == types
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    model(**tokenizer("a cat", "two dogs", return_tensors="pt"))

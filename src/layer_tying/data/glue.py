@@ -10,10 +10,12 @@ Facts:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tokenizers import processors
 
 from layer_tying.data.batches import ShuffledBatches
 from layer_tying.data.sources import data_folder, first_existing, from_hub, place, read_exactly
@@ -142,6 +144,30 @@ def encode(
         batch["attention_mask"][i, : len(ids)] = 1
         batch["token_type_ids"][i, : len(ids)] = types
     return batch
+
+
+def for_others(tokenizer: Tokenizer, with_token_types: bool) -> Tokenizer:
+    """A tokenizer that adds to one text or two, in transformers, what ``encode`` adds.
+
+    Args:
+        tokenizer: of the run.
+        with_token_types: whether the model reads them.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    added = [id for id in (tokenizer.cls_id, tokenizer.sep_id) if id is not None]
+    token_of = {id: backend.id_to_token(id) for id in added}
+    start = [] if tokenizer.cls_id is None else [token_of[tokenizer.cls_id]]
+    end = [] if tokenizer.sep_id is None else [token_of[tokenizer.sep_id]]
+    single = [*start, "$A", *end]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=[*single, "$B:1", *(f"{token}:1" for token in end)],
+        special_tokens=[(token, id) for id, token in token_of.items()],
+    )
+    names = ["input_ids", *["token_type_ids"] * with_token_types, "attention_mask"]
+    return replace(
+        tokenizer, backend=backend, config={**tokenizer.config, "model_input_names": names}
+    )
 
 
 class GlueBatches(ShuffledBatches[dict[str, np.ndarray]]):

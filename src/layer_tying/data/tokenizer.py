@@ -54,7 +54,7 @@ CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 KEPT = (  # of the configuration of a tokenizer that is saved again, for others who load it
     *("bos_token", "unk_token", "pad_token", "sep_token", "additional_special_tokens"),
     *("extra_special_tokens", "chat_template", "model_max_length", "padding_side"),
-    *("truncation_side", "clean_up_tokenization_spaces"),
+    *("truncation_side", "clean_up_tokenization_spaces", "model_input_names"),
 )
 PIECE = 1 << 16
 # A cut here changes no token: every pre-tokenizer starts a new word at a lone space, and, unless a

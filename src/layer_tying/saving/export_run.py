@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from layer_tying.core.tied_layers import TiedLayers
 from layer_tying.core.tying import Tying
+from layer_tying.data.glue import for_others
 from layer_tying.data.tokenizer import FOLDER, Tokenizer, read_tokenizer
 from layer_tying.errors import InputError
+from layer_tying.models.families import FAMILIES
 from layer_tying.saving.checkpoint import read_checkpoint
 from layer_tying.saving.export import COMPACT, DTYPES, export_compact, export_expanded
 from layer_tying.saving.load import load
@@ -60,7 +63,7 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
     }[format]
     write(model, folder, DTYPES[dtype] if dtype else None)
     if (run / FOLDER).is_dir() or (run / "tokenizer.json").is_file():
-        tokenizer_of(run).save(folder)
+        _tokenizer_for_others(run, model).save(folder)
     layers = TiedLayers(model)
     num_unique = sum(p.numel() for p in model.parameters())
     again = sum(
@@ -71,6 +74,16 @@ def export_run(run: Path, folder: Path, format: str, dtype: str | None = None) -
     )
     file = folder / name
     return Export(file, file.stat().st_size, num_unique, num_unique + again, layers.tying)
+
+
+def _tokenizer_for_others(run: Path, model: nn.Module) -> Tokenizer:
+    """The run's tokenizer; of a run on GLUE, one that builds the inputs of a classifier."""
+    tokenizer = tokenizer_of(run)
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if isinstance(model, PreTrainedModel) and is_classifier:
+        reads_types = FAMILIES[model.config.model_type].reads_token_types
+        return for_others(tokenizer, reads_types)
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel, folder: str | Path) -> None:
