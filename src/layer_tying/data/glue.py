@@ -154,15 +154,13 @@ def for_others(tokenizer: Tokenizer, with_token_types: bool) -> Tokenizer:
         with_token_types: whether the model reads them.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    added = [id for id in (tokenizer.cls_id, tokenizer.sep_id) if id is not None]
-    token_of = {id: backend.id_to_token(id) for id in added}
-    start = [] if tokenizer.cls_id is None else [token_of[tokenizer.cls_id]]
-    end = [] if tokenizer.sep_id is None else [token_of[tokenizer.sep_id]]
+    ids = _start_and_end(tokenizer)
+    start, end = ([backend.id_to_token(id) for id in part] for part in ids)
     single = [*start, "$A", *end]
     backend.post_processor = processors.TemplateProcessing(
         single=single,
         pair=[*single, "$B:1", *(f"{token}:1" for token in end)],
-        special_tokens=[(token, id) for id, token in token_of.items()],
+        special_tokens=list(zip([*start, *end], [*ids[0], *ids[1]], strict=True)),
     )
     names = ["input_ids", *["token_type_ids"] * with_token_types, "attention_mask"]
     return replace(
@@ -189,10 +187,16 @@ class GlueBatches(ShuffledBatches[dict[str, np.ndarray]]):
         return encode([self.source[i] for i in indices], self.tokenizer, self.max_length)
 
 
-def _row(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[int]]:
-    """Ids and token types of one example."""
+def _start_and_end(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before the first text and after each: CLS and SEP, where there are such."""
     start = [] if tokenizer.cls_id is None else [tokenizer.cls_id]
     end = [] if tokenizer.sep_id is None else [tokenizer.sep_id]
+    return start, end
+
+
+def _row(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[int]]:
+    """Ids and token types of one example."""
+    start, end = _start_and_end(tokenizer)
     a = tokenizer.encode(example.text_a)
     b = None if example.text_b is None else tokenizer.encode(example.text_b)
     room = max_length - len(start) - len(end) * (1 if b is None else 2)
